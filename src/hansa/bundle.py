@@ -1,0 +1,172 @@
+"""The bundle: what passes from one stage of a model's life to the next.
+
+A bundle is a folder:
+
+``weights.safetensors``
+    every parameter and buffer by name.
+``architecture.json``
+    how to build the model.
+``masks.safetensors``
+    masks by parameter name, where there are any.
+``card.json``
+    provenance: stage, configuration, seed, data fingerprint, metrics, the digests of the files
+    above, and the digests of the bundles that this one came from.
+
+The digest of a bundle is the SHA-256 of its card; since the card holds the digests of all other
+files and of the ancestors, it vouches for the whole line. Nothing in a bundle is code.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from hansa.errors import InputError
+from hansa.files import sync_folder, write_atomic
+
+FORMAT = 1
+CARD, ARCHITECTURE, WEIGHTS, MASKS = (
+    "card.json",
+    "architecture.json",
+    "weights.safetensors",
+    "masks.safetensors",
+)
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle in memory, as read and verified.
+
+    Attributes:
+        weights: every parameter and buffer by name.
+        architecture: how to build the model.
+        masks: bool masks by parameter name; empty where there are none.
+        card: provenance.
+        digest: SHA-256 of the card, as hex.
+    """
+
+    weights: Tensors
+    architecture: Mapping[str, Any]
+    masks: Tensors
+    card: Mapping[str, Any]
+    digest: str
+
+    @property
+    def lineage(self) -> list[dict[str, str]]:
+        """Stage and digest of every ancestor, oldest first, and of this bundle."""
+        return [*self.card["lineage"], {"stage": self.card["stage"], "digest": self.digest}]
+
+
+def write(
+    path: Path,
+    *,
+    stage: str,
+    weights: Tensors,
+    architecture: Mapping[str, Any],
+    config: Mapping[str, Any],
+    seed: int,
+    data: str,
+    metrics: Mapping[str, Any],
+    masks: Tensors | None = None,
+    parent: Bundle | None = None,
+) -> Bundle:
+    """Write a bundle; the folder appears whole or not at all.
+
+    Args:
+        path: the folder to make, or an older bundle to replace.
+        stage: what made it: ``search``, ``prune``, ``train``, ...
+        weights: every parameter and buffer by name.
+        architecture: how to build the model, as JSON values.
+        config: the stage's configuration, as JSON values.
+        seed: the run's seed.
+        data: fingerprint of the data.
+        metrics: what was measured, as JSON values.
+        masks: bool masks by parameter name.
+        parent: the bundle that the stage started from.
+
+    Raises:
+        InputError: the path holds something that is no bundle.
+    """
+    if path.exists() and not (path / CARD).is_file():
+        raise InputError(str(path), "a file or folder that is no bundle", "a new path")
+    files = {
+        ARCHITECTURE: _json(architecture),
+        WEIGHTS: safetensors.torch.save({n: t.detach().clone() for n, t in weights.items()}),
+    }
+    if masks:
+        files[MASKS] = safetensors.torch.save({n: t.detach().clone() for n, t in masks.items()})
+    card = {
+        "format": FORMAT,
+        "stage": stage,
+        "config": config,
+        "seed": seed,
+        "data": data,
+        "metrics": metrics,
+        "lineage": parent.lineage if parent else [],
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    files[CARD] = _json(card)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    for name, content in files.items():
+        write_atomic(beside / name, content)
+    if path.exists():
+        shutil.rmtree(path)
+    beside.replace(path)
+    sync_folder(path.parent)
+    return read(path)
+
+
+def read(path: Path) -> Bundle:
+    """Read a bundle and verify it.
+
+    Raises:
+        InputError: no bundle there, or one whose content does not match its digests.
+    """
+    card_bytes = _bytes(path, CARD)
+    try:
+        card = json.loads(card_bytes)
+        known = card["format"] == FORMAT
+        files = card["files"]
+        complete = {ARCHITECTURE, WEIGHTS} <= set(files) <= {ARCHITECTURE, WEIGHTS, MASKS}
+        complete = complete and isinstance(card["lineage"], list) and "stage" in card
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(str(path / CARD), "no card of a bundle", "a bundle") from error
+    if not (known and complete):
+        raise InputError(str(path / CARD), "another format", f"format {FORMAT}")
+    held = {p.name for p in path.iterdir()}
+    if odd := sorted(held - set(files) - {CARD}):
+        raise InputError(str(path / odd[0]), "a file that the card does not name", "no such file")
+    content = {name: _bytes(path, name) for name in files}
+    for name, digest in files.items():
+        if hashlib.sha256(content[name]).hexdigest() != digest:
+            raise InputError(str(path / name), "content that differs from the card", f"{digest}")
+    try:
+        weights = safetensors.torch.load(content[WEIGHTS])
+        masks = safetensors.torch.load(content[MASKS]) if MASKS in content else {}
+        architecture = json.loads(content[ARCHITECTURE])
+    except (SafetensorError, ValueError) as error:
+        raise InputError(str(path), f"unreadable content ({error})", "a bundle") from error
+    return Bundle(weights, architecture, masks, card, hashlib.sha256(card_bytes).hexdigest())
+
+
+def _bytes(path: Path, name: str) -> bytes:
+    try:
+        return (path / name).read_bytes()
+    except OSError as error:
+        raise InputError(str(path / name), "no such file", "a bundle's folder") from error
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

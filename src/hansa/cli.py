@@ -1,0 +1,175 @@
+"""The command line: parse, call, print. What it does, a Python function of the same name does."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hansa.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Train models together without pooling the data.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="Configuration in TOML.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key: training.lr=0.1")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
+    json_: Json = False,
+) -> None:
+    """Train a federation as configured and write its run folder."""
+    from hansa.training import train as run_training
+
+    with _progress() as progress:
+        run = run_training(
+            config, overrides=set_ or (), resume=resume, watch=_watch(progress, "training")
+        )
+    summary = json.loads((run.path / "summary.json").read_text())
+    _print([summary], json_)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, compared on one page.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write.")] = None,
+    json_: Json = False,
+) -> None:
+    """Write a report page about one run, or comparing several."""
+    from hansa.report import report as write_report
+    from hansa.runs import Run
+
+    opened = [Run(path) for path in runs]
+    page = write_report(opened, out)
+    if json_:
+        print(json.dumps({"report": str(page)}))
+    else:
+        _print([_summary_of(run) for run in opened], False)
+        print(f"report: {page}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the demo's runs.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the runs.", min=0)] = 0,
+    json_: Json = False,
+) -> None:
+    """Compare four methods on handwritten digits held by ten clients of two classes each."""
+    from hansa.demo import demo as run_demo
+
+    with _progress() as progress:
+        watches: dict[str, Any] = {}
+
+        def watch(run: Any, result: Any) -> None:
+            name = run.config.method.name
+            watches.setdefault(name, _watch(progress, name))(run, result)
+
+        runs, page = run_demo(output, seed, watch)
+    summaries = [_summary_of(run) for run in runs]
+    if json_:
+        print(json.dumps({"runs": summaries, "report": str(page)}))
+    else:
+        _print(summaries, False)
+        print(f"report: {page}")
+
+
+def main() -> None:
+    """Run the command line; wrong input ends in status 2 and one line, never in a traceback."""
+    try:
+        status = app(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(" ".join(error.format_message().split()))
+    except (KeyboardInterrupt, click.Abort):
+        print("hansa: stopped; train --resume RUN goes on from here", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(status or 0)
+
+
+def _fail(line: str) -> None:
+    print(f"hansa: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description:<14}"),
+        BarColumn(24),
+        TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _watch(progress: Progress, label: str) -> Any:
+    """Return a watch that moves one line of progress."""
+    tasks: list[Any] = []
+
+    def watch(run: Any, result: Any) -> None:
+        if not tasks:
+            tasks.append(progress.add_task(label, total=run.config.rounds, note=""))
+        scored = run.history.scored("test", "accuracy").get(result.number)
+        note = f"accuracy {sum(scored.values()) / len(scored):.3f}" if scored else ""
+        progress.update(tasks[0], completed=result.number, note=note)
+
+    return watch
+
+
+def _summary_of(run: Any) -> dict[str, Any]:
+    return {"run": str(run.path), "method": run.config.method.name, **run.history.summary()}
+
+
+def _print(summaries: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summaries[0]))
+        return
+    table = Table(caption="test accuracy over clients, last round; bytes of all encoded messages")
+    for name in ("method", "accuracy", "std", "worst tenth", "up", "down", "seconds", "run"):
+        table.add_column(name, justify="left" if name in ("method", "run") else "right")
+    for summary in summaries:
+        accuracy = summary["metrics"].get("accuracy")
+        scores = [f"{accuracy[key]:.3f}" if accuracy else "-" for key in _SCORES]
+        table.add_row(
+            summary["method"],
+            *scores,
+            size(summary["bytes"]["up"]),
+            size(summary["bytes"]["down"]),
+            f"{summary['seconds']:.1f}",
+            summary["run"],
+        )
+    Console().print(table)
+
+
+_SCORES = ("mean", "std", "worst_tenth")
+
+
+def size(num: float) -> str:
+    """Return a number of bytes for people, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num < 1000 or unit == "GB":
+            break
+        num /= 1000
+    return f"{num:.0f} {unit}" if unit == "B" else f"{num:.2f} {unit}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The configuration of a training run: validated, written back, compared."""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hansa.data.federate import DataOptions
+from hansa.data.partition import Partition
+from hansa.errors import InputError
+from hansa.federation.methods import METHODS, FedAvg, Method
+from hansa.federation.optimizer import Training
+from hansa.federation.participation import Participation
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelOptions(_Section):
+    """Which model is trained."""
+
+    name: str = "mlp"
+    """``mlp``, ``cnn``, ``resnet18`` or ``module:Class``."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the model's class."""
+    buffers: Literal["averaged", "local"] = "averaged"
+    """Running statistics (BatchNorm): averaged like parameters, or local to each client."""
+    bundle: str | None = None
+    """Folder of a bundle whose weights are the initial values; it must hold this model."""
+
+
+class TreeOptions(_Section):
+    """The shape of the federation."""
+
+    federations: int = Field(1, ge=1)
+    """Inner nodes over which the clients are dealt in turn; 1 is a flat federation."""
+
+
+class EngineOptions(_Section):
+    """How the run is computed. None of this changes a number."""
+
+    workers: int = Field(1, ge=1, le=256)
+    """Processes that train clients."""
+    state_memory_mb: int = Field(1024, ge=0)
+    """Memory for the states of clients; what does not fit is read from disk when needed."""
+
+
+class RunConfig(_Section):
+    """Everything that determines a run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """What the run's folder is called."""
+    output: str = "runs"
+    """Folder that run folders are made in."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Everything random in the run is derived from it."""
+    rounds: int = Field(10, ge=1)
+    """Rounds of the federation."""
+    score_every: int = Field(1, ge=0)
+    """Rounds between scores; the last round is always scored, 0 scores no other."""
+    on_failure: Literal["stop", "drop"] = "stop"
+    """A client whose loss is no number stops the run, or is dropped from its round."""
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    training: Training = Training()
+    method: Method = FedAvg()
+    participation: Participation = Participation()
+    tree: TreeOptions = TreeOptions()
+    engine: EngineOptions = EngineOptions()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the configuration as plain values, without what is not set."""
+        values = self.model_dump(mode="json", exclude={"method"}, exclude_none=True)
+        method = self.method.model_dump(mode="json", exclude_none=True)
+        return {**values, "method": {"name": self.method.name, **method}}
+
+    def as_toml(self) -> str:
+        """Return the configuration as TOML that reads back equal."""
+        return tomli_w.dumps(self.as_dict())
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and validate a configuration.
+
+    Args:
+        source: path of a TOML file, or the values themselves.
+        overrides: ``key=value`` with dotted keys; a value is TOML, or else a plain string.
+
+    Raises:
+        InputError: naming the first key that is wrong, what was found and what is allowed.
+    """
+    values = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    for override in overrides:
+        values = _override(values, override)
+    return _validate(values)
+
+
+def difference(first: RunConfig, second: RunConfig) -> list[str]:
+    """Return the dotted keys in which two configurations differ."""
+    return sorted(_difference(first.as_dict(), second.as_dict()))
+
+
+def _difference(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for key in first.keys() | second.keys():
+        a, b = first.get(key), second.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys |= _difference(a, b, f"{prefix}{key}.")
+        elif a != b:
+            keys.add(f"{prefix}{key}")
+    return keys
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(str(path), "no such file", "a configuration in TOML") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(str(path), f"no TOML ({error})", "a configuration in TOML") from error
+    except OSError as error:
+        raise InputError(str(path), f"unreadable ({error.strerror})", "a file") from error
+
+
+def _override(values: dict[str, Any], text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise InputError("--set", repr(text), "key=value, such as training.lr=0.1")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    return _put(values, parts, parsed, key.strip())
+
+
+def _put(values: dict[str, Any], parts: list[str], value: Any, key: str) -> dict[str, Any]:
+    first, *rest = parts
+    if rest:
+        below = values.get(first, {})
+        if not isinstance(below, dict):
+            raise InputError("--set", f"{key!r}, but {first!r} is no table", "a key of a table")
+        value = _put(below, rest, value, key)
+    return {**values, first: value}
+
+
+def _validate(values: dict[str, Any]) -> RunConfig:
+    values = dict(values)
+    method = values.pop("method", {"name": "fedavg"})
+    if not isinstance(method, Mapping):
+        raise InputError("method", repr(method), "a table with a name")
+    options = dict(method)
+    name = options.pop("name", None)
+    if name not in METHODS:
+        raise InputError("method.name", repr(name), ", ".join(METHODS))
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, RunConfig, values) from error
+    try:
+        return config.model_copy(update={"method": METHODS[name].model_validate(options)})
+    except ValidationError as error:
+        raise _explain(error, METHODS[name], options, "method.") from error
+
+
+def _explain(
+    error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], prefix: str = ""
+) -> InputError:
+    """Return the first thing that is wrong as an error that names key, find and remedy."""
+    details = error.errors(include_url=False)[0]
+    # A union puts the tag it chose into the path; a user knows only what stands in the file.
+    path: list[str] = []
+    place: Any = values
+    for part in details["loc"]:
+        if isinstance(place, Mapping) and part not in place and place.get("kind") == part:
+            continue
+        path.append(str(part))
+        place = place.get(part) if isinstance(place, Mapping) else None
+    key = prefix + ".".join(path)
+    if details["type"] == "extra_forbidden":
+        names = _fields(model, details["loc"][:-1])
+        close = difflib.get_close_matches(path[-1], names, 1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return InputError(key, "an unknown key", f"{', '.join(names)}{hint}")
+    if details["type"] == "missing":
+        return InputError(key, "nothing", "a value")
+    allowed = details["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    context = details.get("ctx", {})
+    if details["type"] == "union_tag_invalid":
+        return InputError(f"{key}.kind", repr(context["tag"]), context["expected_tags"])
+    if details["type"] == "union_tag_not_found":
+        return InputError(f"{key}.kind", "nothing", "one of iid, shards, dirichlet, group, shift")
+    if isinstance(details["input"], Mapping) and details["type"] == "value_error":
+        return InputError(key, "values that do not go together", allowed)
+    return InputError(key, repr(details["input"]), allowed)
+
+
+def _fields(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:
+    """Return the keys that may stand at a place in a configuration."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is not None and isinstance(field.annotation, type):
+            model = field.annotation
+            continue
+        kinds = get_args(get_args(Partition)[0])
+        model = next((k for k in kinds if k.model_fields["kind"].default == part), model)
+    names = list(model.model_fields)
+    return ["name", *names] if issubclass(model, Method) else names

@@ -1,0 +1,69 @@
+"""What one client holds: its own samples, split into train, validation and test."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from hansa.errors import InputError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Index = np.ndarray[tuple[int], np.dtype[np.int64]]
+Samples = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client's view into a pool of samples; nothing is copied until a split is asked for.
+
+    Attributes:
+        inputs: the pool's inputs [n, ...]; uint8 images [n, channels, height, width] are scaled
+            to [-1, 1] on the way out, anything else is handed out as it is.
+        labels: the pool's class numbers [n], int64.
+        splits: for each split, the positions of the client's samples in the pool.
+    """
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    splits: dict[Split, Index]
+
+    @classmethod
+    def of(cls, train: Samples, test: Samples, validation: Samples | None = None) -> "Client":
+        """Return a client from its own tensors, each split as (inputs, class numbers).
+
+        Raises:
+            InputError: a split whose inputs and labels differ in length, or an empty train split.
+        """
+        parts = {"train": train, "validation": validation, "test": test}
+        splits: dict[Split, Index] = {}
+        inputs, labels, start = [], [], 0
+        for name in SPLITS:
+            part = parts[name]
+            if part is None:
+                splits[name] = np.zeros(0, np.int64)
+                continue
+            if len(part[0]) != len(part[1]):
+                raise InputError(
+                    name, f"{len(part[0])} inputs and {len(part[1])} labels", "equal numbers"
+                )
+            splits[name] = np.arange(start, start + len(part[0]))
+            start += len(part[0])
+            inputs.append(part[0])
+            labels.append(part[1].long())
+        if not len(splits["train"]):
+            raise InputError("train", "no samples", "at least one sample")
+        return cls(torch.cat(inputs), torch.cat(labels), splits)
+
+    def count(self, split: Split) -> int:
+        """Return the number of samples in a split."""
+        return len(self.splits[split])
+
+    def batch(self, split: Split) -> Samples:
+        """Return a whole split as (inputs, labels)."""
+        index = torch.from_numpy(self.splits[split])
+        inputs = self.inputs[index]
+        if inputs.dtype is torch.uint8:
+            inputs = inputs.float().div_(127.5).sub_(1)
+        return inputs, self.labels[index]

@@ -1,0 +1,287 @@
+"""Where samples come from: bundled digits, Parquet files, class folders, a hub.
+
+A source knows the label and the group of every sample at once and decodes images only when they
+are asked for, so that a federation that uses a small part of a large file pays for that part.
+"""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
+
+from hansa.errors import InputError
+
+Index = np.ndarray[tuple[int], np.dtype[np.int64]]
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class SourceOptions(BaseModel):
+    """Which samples to read, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = "digits"
+    """``digits``, ``parquet:PATH`` (a file, a folder or a pattern), ``folder:PATH`` (one folder
+    per class) or ``hub:NAME``."""
+    image_column: str | None = None
+    """Column of the images; by default the first one that holds encoded images."""
+    label_column: str | None = None
+    """Column of the labels; by default ``label``, ``labels`` or ``fine_label``."""
+    group_column: str | None = None
+    """Column that says to whom a sample belongs (writer, site), for the partition by group."""
+    classes: tuple[str, ...] | None = Field(None, min_length=2)
+    """Names of the classes in the order of their numbers; by default as the source says."""
+    size: tuple[int, int] | None = None
+    """Height and width that images are resized to; by default all must have one size."""
+    channels: int | None = Field(None, ge=1, le=3)
+    """1 for grey, 3 for colour; by default as the first image."""
+    hub_split: str = "train"
+    """Split of a hub data set."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Labelled samples.
+
+    Attributes:
+        name: as configured.
+        labels: class numbers [n], int64.
+        classes: names of the classes.
+        groups: the group of every sample, or None.
+        read: positions -> inputs, uint8 [n, channels, height, width] or float32.
+    """
+
+    name: str
+    labels: Index
+    classes: tuple[str, ...]
+    groups: Sequence[str] | None
+    read: Callable[[Index], torch.Tensor]
+
+
+def load(options: SourceOptions) -> Source:
+    """Open a source.
+
+    Raises:
+        InputError: unknown kind, missing file, no image or label column, a label outside the
+            classes; on reading, a file or row that is no image or has another size.
+    """
+    kind, _, rest = options.source.partition(":")
+    if kind == "digits" and not rest:
+        return _digits()
+    if kind in _KINDS and rest:
+        return _KINDS[kind](rest, options)
+    raise InputError(
+        "data.source",
+        repr(options.source),
+        "'digits', 'parquet:PATH', 'folder:PATH' or 'hub:NAME'",
+    )
+
+
+def _digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    # Values 0..16, scaled to [-1, 1] as other images are.
+    images = torch.from_numpy(bunch.images.astype(np.float32)).unsqueeze(1).div_(8).sub_(1)
+    labels = bunch.target.astype(np.int64)
+    names = tuple(str(name) for name in bunch.target_names)
+    return Source("digits", labels, names, None, lambda index: images[torch.from_numpy(index)])
+
+
+def _parquet(path: str, options: SourceOptions) -> Source:
+    place = Path(path)
+    if place.is_dir():
+        files = sorted(place.rglob("*.parquet"))
+    elif any(mark in path for mark in "*?["):
+        files = sorted(place.parent.glob(place.name))
+    else:
+        files = [place] if place.is_file() else []
+    if not files:
+        raise InputError("data.source", f"no Parquet file at {path}", "a file, folder or pattern")
+    tables = []
+    for file in files:
+        try:
+            tables.append(pq.read_table(file))
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"data.source {file}", f"no Parquet ({error})", "a Parquet file"
+            ) from error
+        if tables[-1].schema != tables[0].schema:
+            raise InputError(
+                f"data.source {file}", "other columns than before it", "files of one layout"
+            )
+    return _table(f"parquet:{path}", pa.concat_tables(tables), options)
+
+
+def _hub(name: str, options: SourceOptions) -> Source:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            "data.source", "a hub data set without the library 'datasets'", "pip install hansa[hub]"
+        ) from error
+    try:
+        loaded = datasets.load_dataset(name, split=options.hub_split)
+    except Exception as error:  # the library raises a dozen kinds, of three other libraries
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(
+            "data.source",
+            f"'hub:{name}' that could not be loaded ({reason})",
+            "a data set that the hub has and this machine reaches, or parquet:PATH",
+        ) from error
+    return _table(f"hub:{name}", loaded.with_format("arrow")[:], options)
+
+
+def _table(name: str, table: pa.Table, options: SourceOptions) -> Source:
+    """Read the columns of the Hugging Face layout: an image struct with bytes, and a label."""
+    images = _column(table, options.image_column, "image_column", _holds_images)
+    labels = _column(
+        table, options.label_column, "label_column", lambda f: f.name in _LABELS and _is_label(f)
+    )
+    bytes_ = table.column(images).combine_chunks()
+    if pa.types.is_struct(bytes_.type):
+        bytes_ = bytes_.field("bytes")
+    declared = options.classes or _declared_classes(table.schema, labels)
+    numbers, classes = _numbers(name, table.column(labels).to_pylist(), declared)
+    groups = None
+    if options.group_column is not None:
+        column = _column(table, options.group_column, "group_column", lambda f: False)
+        groups = [str(value) for value in table.column(column).to_pylist()]
+
+    def read(index: Index) -> torch.Tensor:
+        rows = ((f"{name} row {row}", bytes_[row].as_py()) for row in index.tolist())
+        return _stack(
+            [(place, _decode(place, data, options.channels)) for place, data in rows], options
+        )
+
+    return Source(name, numbers, classes, groups, read)
+
+
+def _folder(path: str, options: SourceOptions) -> Source:
+    root = Path(path)
+    if not root.is_dir():
+        raise InputError("data.source", f"no folder at {path}", "a folder with one folder a class")
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    files = [
+        (file, name)
+        for name in names
+        for file in sorted((root / name).rglob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if len(names) < 2 or not files:
+        raise InputError(
+            f"data.source {path}",
+            f"{len(names)} class folders with {len(files)} images",
+            "two class folders or more, with images in them",
+        )
+    declared = options.classes or tuple(names)
+    labels, classes = _numbers(f"folder:{path}", [name for _, name in files], declared)
+
+    def read(index: Index) -> torch.Tensor:
+        chosen = [files[k][0] for k in index.tolist()]
+        return _stack(
+            [(str(f), _decode(str(f), f.read_bytes(), options.channels)) for f in chosen], options
+        )
+
+    return Source(f"folder:{path}", labels, classes, None, read)
+
+
+_KINDS: dict[str, Callable[[str, SourceOptions], Source]] = {
+    "parquet": _parquet,
+    "folder": _folder,
+    "hub": _hub,
+}
+_LABELS = ("label", "labels", "fine_label")
+
+
+def _column(table: pa.Table, wanted: str | None, key: str, fits: Callable[[pa.Field], bool]) -> str:
+    names = list(table.schema.names)
+    if wanted is not None and wanted in names:
+        return wanted
+    found = next((field.name for field in table.schema if fits(field)), None)
+    if wanted is not None or found is None:
+        what = f"the column {wanted!r}" if wanted is not None else "no such column"
+        raise InputError(f"data.{key}", what, f"one of the columns {', '.join(names)}")
+    return str(found)
+
+
+def _holds_images(field: pa.Field) -> bool:
+    if pa.types.is_struct(field.type):
+        return field.type.get_field_index("bytes") >= 0
+    return bool(pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))
+
+
+def _is_label(field: pa.Field) -> bool:
+    return bool(pa.types.is_integer(field.type) or pa.types.is_string(field.type))
+
+
+def _declared_classes(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
+    """Return the class names that the Hugging Face libraries leave in a file's metadata."""
+    try:
+        info = json.loads((schema.metadata or {})[b"huggingface"])
+        return tuple(str(name) for name in info["info"]["features"][column]["names"])
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _numbers(
+    name: str, values: list[Any], declared: tuple[str, ...] | None
+) -> tuple[Index, tuple[str, ...]]:
+    """Return class numbers and class names, every label checked against the classes."""
+    if all(isinstance(value, int) for value in values):
+        classes = declared or tuple(str(k) for k in range(max(values, default=-1) + 1))
+        allowed = f"0 to {len(classes) - 1}"
+        table: dict[Any, int] = {k: k for k in range(len(classes))}
+    else:
+        classes = declared or tuple(sorted({str(value) for value in values}))
+        allowed = ", ".join(classes)
+        table = {label: k for k, label in enumerate(classes)}
+    for row, value in enumerate(values):
+        if value not in table:
+            raise InputError(f"{name} row {row}", f"the label {value!r}", f"a class: {allowed}")
+    if len(classes) < 2:
+        raise InputError(name, f"{len(classes)} classes", "two or more")
+    return np.array([table[value] for value in values], np.int64), classes
+
+
+def _decode(place: str, data: bytes | None, channels: int | None) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data or b""))
+        image.load()
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise InputError(
+            place, "something that is no image", "an image file such as PNG or JPEG"
+        ) from error
+    if channels is None:
+        channels = 1 if image.mode in ("1", "L", "LA", "I", "I;16") else 3
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _stack(images: list[tuple[str, Image.Image]], options: SourceOptions) -> torch.Tensor:
+    arrays: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+    for place, image in images:
+        if options.size is not None:
+            image = image.resize(options.size[::-1], Image.Resampling.BILINEAR)
+        array = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+        if arrays and array.shape != arrays[0].shape:
+            raise InputError(
+                place,
+                f"an image of {_shape(array.shape)}",
+                f"{_shape(arrays[0].shape)} like those before it, or set data.size and "
+                "data.channels",
+            )
+        arrays.append(array)
+    return torch.from_numpy(np.stack(arrays))
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[2]} pixels with {shape[0]} channels"

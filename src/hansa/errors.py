@@ -1,0 +1,19 @@
+"""The error a user can mend: which key or file, what was found there, what is allowed."""
+
+
+class InputError(ValueError):
+    """Input that Hansa refuses.
+
+    Attributes:
+        key: the configuration key, option or file that holds the input.
+        found: what was found there, in words.
+        allowed: what may stand there, in words.
+    """
+
+    def __init__(self, key: str, found: object, allowed: str) -> None:
+        super().__init__(key, found, allowed)
+        self.key, self.found, self.allowed = key, found, allowed
+
+    def __str__(self) -> str:
+        text = f"{self.key}: found {self.found}; allowed: {self.allowed}"
+        return " ".join(text.split())

@@ -1,0 +1,53 @@
+"""Means that stream: one reply at a time, memory independent of the number of replies."""
+
+from collections.abc import Mapping
+
+import torch
+
+from hansa.federation.message import Tensors
+
+
+class WeightedMean:
+    """The weighted mean of named tensors, summed in float64 in the order of arrival.
+
+    In float64 the mean of equal float32 tensors is that tensor, bit for bit, whatever the weights.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def add(self, tensors: Tensors, weight: float) -> None:
+        """Add one reply; a weight of zero adds nothing.
+
+        Raises:
+            ValueError: a negative or non-finite weight.
+        """
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"a weight must be finite and not negative, not {weight}")
+        if weight == 0:
+            return
+        self.total += weight
+        for name, tensor in tensors.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros_like(tensor, dtype=torch.float64)
+                self._dtypes[name] = tensor.dtype
+            self._sums[name].add_(tensor, alpha=weight)
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """Return the mean in each tensor's own dtype; integers are rounded."""
+        means = {}
+        for name, total in self._sums.items():
+            mean, dtype = total / self.total, self._dtypes[name]
+            means[name] = (mean if dtype.is_floating_point else mean.round()).to(dtype)
+        return means
+
+
+def add_metrics(
+    total: dict[str, tuple[float, float]], metrics: Mapping[str, tuple[float, float]]
+) -> None:
+    """Add metrics given as (sum, count) to running totals, in place."""
+    for name, (value, count) in metrics.items():
+        before = total.get(name, (0.0, 0.0))
+        total[name] = (before[0] + value, before[1] + count)

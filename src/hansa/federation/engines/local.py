@@ -1,0 +1,240 @@
+"""The local engine: a whole federation on one machine, in one process or in several.
+
+A round descends the tree and comes back up: every inner node dispatches, its children answer in
+the order of their paths, and it aggregates the answers as they come. Leaves below one inner node
+run in worker processes when there are any. The order of work never shows in the result: streams
+of random numbers are derived, and replies are merged in path order.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from time import perf_counter
+from types import TracebackType
+from typing import Literal, TypeVar
+
+import torch
+
+from hansa.data.clients import Client
+from hansa.federation.engines.workers import Pool, ThisProcess, Trained, Workers
+from hansa.federation.leaf import DivergedError, Leaf, Metrics
+from hansa.federation.message import Message, State
+from hansa.federation.methods.base import Method
+from hansa.federation.node import Child, Node, Reply, Setup
+from hansa.federation.participation import Fate, Participation
+from hansa.federation.store import MemoryStore, Store, link_key
+from hansa.federation.tree import ROOT, Tree
+from hansa.federation.wire import encoded_size
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What became of one child in one round.
+
+    Attributes:
+        path: the child.
+        fate: ``ok``, ``late`` (past the deadline) or ``failed``.
+        down: bytes of the message it was sent, as encoded; 0 for an empty one.
+        up: bytes of its reply; 0 when none came or it was empty.
+        seconds: simulated seconds of its local work; 0 at an inner node.
+        metrics: metrics of its local training as (sum, count).
+        error: why it failed, where that is known.
+    """
+
+    path: str
+    fate: Fate
+    down: int
+    up: int = 0
+    seconds: float = 0.0
+    metrics: Metrics = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What one round did: its visits in path order, and the scores of all leaves if it was scored.
+
+    ``scores`` is leaf -> ``validation``, ``test`` or ``state`` -> metric -> (sum, count).
+    """
+
+    number: int
+    visits: tuple[Visit, ...]
+    scores: Mapping[str, Mapping[str, Metrics]]
+    seconds: float
+
+
+class LocalEngine:
+    """Runs rounds of a method over a tree whose leaves hold data.
+
+    A context manager: it starts and ends worker processes and holds PyTorch to one thread, since
+    with more the rounding of sums may depend on how many there are.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        clients: Mapping[str, Client],
+        method: Method,
+        setup: Setup,
+        seed: int,
+        participation: Participation | None = None,
+        workers: int = 1,
+        on_failure: Literal["stop", "drop"] = "stop",
+    ) -> None:
+        self.tree, self.clients, self.method, self.setup = tree, clients, method, setup
+        self.seed, self.on_failure, self.num_workers = seed, on_failure, workers
+        self.participation = participation or Participation()
+        self.store: Store = MemoryStore()
+        self._workers: Workers = ThisProcess(Leaf(method, setup, seed), clients)
+        self._threads = 1
+
+    def __enter__(self) -> "LocalEngine":
+        if self.num_workers > 1:
+            self._workers = Pool(
+                self.num_workers, Leaf(self.method, self.setup, self.seed), self.clients
+            )
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._workers.close()
+        torch.set_num_threads(self._threads)
+
+    def round(self, number: int, score: bool = True) -> RoundResult:
+        """Run one round, counted from 1, and score every leaf after it if asked to.
+
+        Raises:
+            DivergedError: a leaf's loss is no number and ``on_failure`` is ``stop``.
+        """
+        start = perf_counter()
+        visits: list[Visit] = []
+        root = self._node(ROOT, number)
+        self._visit(root, self.state(), visits)
+        scores = dict(self._score(root, self.state())) if score else {}
+        self.store.commit(number)
+        visits.sort(key=lambda visit: visit.path)
+        return RoundResult(number, tuple(visits), scores, perf_counter() - start)
+
+    def state(self, path: str = ROOT) -> State:
+        """Return a node's state as of now, empty at a node that has not taken part yet."""
+        state = self.store.get(path)
+        return state or (self.method.start_root(self._node(ROOT, 0)) if path == ROOT else state)
+
+    def model_of(self, path: str) -> torch.nn.Module:
+        """Return the model that a node holds, as a module of its own.
+
+        A client of a method that keeps nothing at its clients holds the common model.
+        """
+        state = self.state(path)
+        if not state:
+            state = self._received(path)
+        return self.setup.task.materialise(*self.method.model(self.setup, state))
+
+    def _received(self, path: str) -> State:
+        """Return the state of a node that would just have been sent the newest message."""
+        parent, _, _ = path.rpartition("/")
+        above = self.state() if parent == ROOT else self._received(parent)
+        sent = self.method.dispatch(self._node(parent, 0), above, self._children(parent, [path]))
+        return self.method.receive(self._node(path, 0), self.store.get(path), next(sent)[1])
+
+    def _node(self, path: str, number: int) -> Node:
+        client = self.clients.get(path)
+        return Node(path, number, client.count("train") if client else 0, self.setup)
+
+    def _children(self, path: str, chosen: Iterable[str]) -> Iterator[Child]:
+        return (Child(child, self.store.get(link_key(path, child))) for child in chosen)
+
+    def _visit(self, node: Node, state: State, visits: list[Visit]) -> Message:
+        """Run a node's round below it, keep its new state, and return its reply."""
+        children = self.tree.children(node.path)
+        chosen = self.participation.choose(children, self.seed, node.path, node.round)
+        sent = self.method.dispatch(node, state, self._children(node.path, chosen))
+        replies = self._replies(node, sent, visits)
+        state = self.method.aggregate(node, state, replies)
+        self.store.put(node.path, state)
+        return Message() if node.path == ROOT else self.method.reply(node, state)
+
+    def _replies(
+        self, parent: Node, sent: Iterator[tuple[str, Message]], visits: list[Visit]
+    ) -> Iterator[Reply]:
+        """Yield the replies of a node's children as they come in, in path order."""
+        calls = (self._ask(parent.round, path, down, visits) for path, down in sent)
+        for ask in _ahead(calls, self._workers.ahead):
+            visit, state, reply = ask()
+            visits.append(visit)
+            if visit.fate == "ok" and self.tree.is_leaf(visit.path) and state:
+                self.store.put(visit.path, state)
+            if not reply:
+                continue
+            key = link_key(parent.path, visit.path)
+            link = self.store.get(key)
+            remembered = self.method.remember(Child(visit.path, link), reply)
+            if remembered:
+                self.store.put(key, remembered)
+            yield Reply(visit.path, link, reply)
+
+    def _ask(
+        self, number: int, path: str, down: Message, visits: list[Visit]
+    ) -> Callable[[], tuple[Visit, State, Message]]:
+        """Start a child's round; the call returns what became of it."""
+        node, training = self._node(path, number), self.setup.training
+        steps = -(-node.samples // training.batch_size) * training.epochs
+        fate, seconds = self.participation.fate(self.seed, path, number, steps)
+        size = encoded_size(down)
+        start: Callable[[], Trained]
+        if fate != "ok":
+            return lambda: (Visit(path, fate, size, seconds=seconds), State(), Message())
+        if self.tree.is_leaf(path):
+            start = self._workers.train(path, number, self.store.get(path), down)
+        else:
+
+            def start() -> Trained:
+                state = self.method.receive(node, self.store.get(path), down)
+                return State(), self._visit(node, state, visits), {}
+
+        def result() -> tuple[Visit, State, Message]:
+            try:
+                state, reply, metrics = start()
+            except DivergedError as error:
+                if self.on_failure == "stop":
+                    raise
+                visit = Visit(path, "failed", size, seconds=seconds, error=str(error))
+                return visit, State(), Message()
+            up = encoded_size(reply)
+            return Visit(path, "ok", size, up, seconds, metrics), state, reply
+
+        return result
+
+    def _score(self, node: Node, state: State) -> Iterator[tuple[str, dict[str, Metrics]]]:
+        """Yield every leaf's scores, in path order; what this sends is not part of the round."""
+        children = self.tree.children(node.path)
+        sent = self.method.dispatch(node, state, self._children(node.path, children))
+
+        def ask(path: str, down: Message) -> Callable[[], Iterable[tuple[str, dict[str, Metrics]]]]:
+            held = self.store.get(path)
+            if self.tree.is_leaf(path):
+                scores = self._workers.score(path, node.round, held, down)
+                return lambda: [(path, scores())]
+            child = self._node(path, node.round)
+            return lambda: self._score(child, self.method.receive(child, held, down))
+
+        calls = (ask(path, down) for path, down in sent)
+        for call in _ahead(calls, self._workers.ahead):
+            yield from call()
+
+
+def _ahead(calls: Iterator[T], num: int) -> Iterator[T]:
+    """Yield in order, with the next ``num - 1`` already drawn, and so started."""
+    started = deque(islice(calls, num))
+    while started:
+        yield started.popleft()
+        started.extend(islice(calls, 1))

@@ -1,0 +1,165 @@
+"""What a run measured, as tables, and their summary."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from hansa.federation.engines.local import RoundResult
+from hansa.federation.tree import name_of
+
+SCHEMAS: dict[str, pa.Schema] = {
+    # One row per scored leaf, split and metric; divide sum by count for the value.
+    "scores": pa.schema(
+        [
+            ("round", pa.int32()),
+            ("node", pa.string()),
+            ("split", pa.string()),
+            ("metric", pa.string()),
+            ("sum", pa.float64()),
+            ("count", pa.float64()),
+        ]
+    ),
+    # One row per child asked: bytes as encoded, and the metrics of its local training.
+    "ledger": pa.schema(
+        [
+            ("round", pa.int32()),
+            ("node", pa.string()),
+            ("fate", pa.string()),
+            ("down", pa.int64()),
+            ("up", pa.int64()),
+            ("simulated_seconds", pa.float64()),
+            ("loss_sum", pa.float64()),
+            ("accuracy_sum", pa.float64()),
+            ("count", pa.float64()),
+            ("error", pa.string()),
+        ]
+    ),
+    "rounds": pa.schema([("round", pa.int32()), ("seconds", pa.float64())]),
+}
+
+
+def tables_of(result: RoundResult) -> dict[str, pa.Table]:
+    """Return one round as tables."""
+    scores = [
+        (result.number, node, split, metric, total, count)
+        for node, splits in result.scores.items()
+        for split, metrics in splits.items()
+        for metric, (total, count) in metrics.items()
+    ]
+    ledger = []
+    for visit in result.visits:
+        loss, count = visit.metrics.get("loss", (0.0, 0.0))
+        accuracy, _ = visit.metrics.get("accuracy", (0.0, 0.0))
+        about = (visit.path, visit.fate, visit.down, visit.up, visit.seconds)
+        ledger.append((result.number, *about, loss, accuracy, count, visit.error))
+    rows: dict[str, list[tuple[Any, ...]]] = {
+        "scores": scores,
+        "ledger": ledger,
+        "rounds": [(result.number, result.seconds)],
+    }
+    return {
+        name: pa.Table.from_pylist(
+            [dict(zip(schema.names, row, strict=True)) for row in rows[name]], schema
+        )
+        for name, schema in SCHEMAS.items()
+    }
+
+
+class History:
+    """The tables of a run, round by round."""
+
+    def __init__(self, tables: Iterable[dict[str, pa.Table]] = ()) -> None:
+        self._parts: dict[str, list[pa.Table]] = {
+            name: [schema.empty_table()] for name, schema in SCHEMAS.items()
+        }
+        for table in tables:
+            self.add(table)
+
+    def add(self, tables: dict[str, pa.Table]) -> None:
+        """Append the tables of one round or of several."""
+        for name, table in tables.items():
+            self._parts[name].append(table)
+
+    def table(self, name: str) -> pa.Table:
+        """Return one table whole: ``scores``, ``ledger`` or ``rounds``."""
+        self._parts[name] = [pa.concat_tables(self._parts[name])]
+        return self._parts[name][0]
+
+    @property
+    def num_rounds(self) -> int:
+        """The last round recorded, 0 before the first."""
+        rounds = self.table("rounds")["round"].to_numpy()
+        return int(rounds.max()) if len(rounds) else 0
+
+    def scored(self, split: str, metric: str) -> dict[int, dict[str, float]]:
+        """Return round -> leaf name -> value, for one metric on one split."""
+        values: dict[int, dict[str, float]] = {}
+        table = self.table("scores")
+        chosen = (table["split"].to_numpy() == split) & (table["metric"].to_numpy() == metric)
+        for row in table.filter(pa.array(chosen)).to_pylist():
+            if row["count"]:
+                leaf = name_of(row["node"])
+                values.setdefault(row["round"], {})[leaf] = row["sum"] / row["count"]
+        return values
+
+    def bytes(self) -> dict[int, tuple[int, int]]:
+        """Return round -> (up, down), bytes summed over all edges of the tree."""
+        totals: dict[int, tuple[int, int]] = {}
+        ledger = self.table("ledger")
+        columns = (ledger[name].to_pylist() for name in ("round", "up", "down"))
+        for number, up, down in zip(*columns, strict=True):
+            before = totals.get(number, (0, 0))
+            totals[number] = (before[0] + up, before[1] + down)
+        return totals
+
+    def chosen_round(self) -> int | None:
+        """Return the scored round of the highest mean validation accuracy, the first among equals.
+
+        Returns:
+            None where no client holds validation data.
+        """
+        means = {
+            number: float(np.mean(list(values.values())))
+            for number, values in self.scored("validation", "accuracy").items()
+        }
+        return max(means, key=lambda number: (means[number], -number)) if means else None
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run in a few numbers: test scores over clients, bytes, seconds.
+
+        ``accuracy`` and ``loss`` are those of the last scored round; ``accuracy_chosen`` is that
+        of the round with the highest validation accuracy.
+        """
+        metrics: dict[str, Any] = {}
+        for metric in ("accuracy", "loss"):
+            by_round = self.scored("test", metric)
+            if by_round:
+                last = list(by_round[max(by_round)].values())
+                metrics[metric] = spread(last, higher_is_better=metric == "accuracy")
+                chosen = self.chosen_round()
+                if metric == "accuracy" and chosen is not None:
+                    values = list(by_round[chosen].values())
+                    metrics["accuracy_chosen"] = {"round": chosen, **spread(values)}
+        totals = self.bytes().values()
+        return {
+            "rounds": self.num_rounds,
+            "metrics": metrics,
+            "bytes": {"up": sum(up for up, _ in totals), "down": sum(down for _, down in totals)},
+            "seconds": round(sum(self.table("rounds")["seconds"].to_pylist()), 3),
+        }
+
+
+def spread(values: list[float], higher_is_better: bool = True) -> dict[str, float]:
+    """Return mean, standard deviation and worst tenth over clients.
+
+    The worst tenth is the mean over the worst tenth of the clients, rounded up to a whole client.
+    """
+    ranked = np.sort(values) if higher_is_better else np.sort(values)[::-1]
+    worst = ranked[: -(-len(ranked) // 10)]
+    return {
+        "mean": float(np.mean(ranked)),
+        "std": float(np.std(ranked)),
+        "worst_tenth": float(np.mean(worst)),
+    }

@@ -1,0 +1,112 @@
+"""What happens at one leaf in one round: local training, and scoring. Engines call this.
+
+The batches of an epoch are drawn from a stream of their own, keyed by client, round and epoch
+alone. Every pass of an epoch sees the same order, and methods with the same seed see the same
+data, which is what makes their equalities exact.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from hansa.data.clients import Client
+from hansa.federation.message import Message, State
+from hansa.federation.methods.base import Method, Work
+from hansa.federation.node import Node, Setup
+from hansa.federation.tree import name_of
+from hansa.models.task import Batch
+from hansa.seeding import generator, global_stream
+
+Metrics = dict[str, tuple[float, float]]
+
+
+class DivergedError(ArithmeticError):
+    """A client's loss is no number."""
+
+    def __init__(self, path: str, round_: int, loss: float) -> None:
+        super().__init__(path, round_, loss)
+        self.path, self.round, self.loss = path, round_, loss
+
+    def __str__(self) -> str:
+        return f"the loss of {name_of(self.path)} is {self.loss} in round {self.round}"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Runs leaves of one federation: the method, what all nodes share, the run's seed."""
+
+    method: Method
+    setup: Setup
+    seed: int
+
+    def train(
+        self, path: str, round_: int, client: Client, state: State, down: Message
+    ) -> tuple[State, Message, Metrics]:
+        """Return the leaf's new state, its reply, and the metrics of its training.
+
+        Raises:
+            DivergedError: the training loss became infinite or NaN.
+        """
+        node = Node(path, round_, client.count("train"), self.setup)
+        state = self.method.receive(node, state, down)
+        work = self._fit(node, state, client, self.setup.training.epochs)
+        sums = {name: float(total) for name, total in work["metrics"].items()}
+        count = sums.pop("count")
+        metrics = {name: (total, count) for name, total in sums.items()}
+        state, reply = self.method.end(node, state, work)
+        return state, reply, metrics
+
+    def score(
+        self, path: str, round_: int, client: Client, state: State, down: Message
+    ) -> dict[str, Metrics]:
+        """Return the metrics of the client's model on its validation and test data.
+
+        Which model that is, the method says (``Method.scored``). A client that has not trained
+        yet is scored with the model it would receive.
+
+        Raises:
+            DivergedError: the loss is infinite or NaN.
+        """
+        node = Node(path, round_, client.count("train"), self.setup)
+        if self.method.scored != "trained" or not state:
+            state = self.method.receive(node, state, down)
+        params, buffers = self.method.model(self.setup, state)
+        if self.method.scored == "tuned":
+            work = self._fit(node, state, client, self.method.tune_epochs(self.setup))
+            params, buffers = work["params"], work["buffers"]
+        scores = {
+            split: self.setup.task.evaluate(params, buffers, client.batch(split))
+            for split in ("validation", "test")
+            if client.count(split)
+        }
+        for metrics in scores.values():
+            _check_finite(node, metrics["loss"][0])
+        return scores | {"state": self.method.describe(self.setup, state)}
+
+    def _fit(self, node: Node, state: State, client: Client, epochs: int) -> Work:
+        work = self.method.begin(node, state)
+        data = client.batch("train")
+        phases = self.method.phases(work)
+        with global_stream(self.seed, node.path, node.round, "training"):
+            for epoch in range(epochs):
+                order = torch.randperm(
+                    node.samples, generator=generator(self.seed, node.path, node.round, epoch)
+                )
+                for phase in phases:
+                    for batch in _batches(data, order, self.setup.training.batch_size):
+                        work = self.method.step(self.setup, work, batch, phase)
+        # One look after the last step is enough: a sum that was NaN once stays so.
+        _check_finite(node, float(work["metrics"]["loss"]))
+        return work
+
+
+def _batches(data: Batch, order: torch.Tensor, size: int) -> Iterator[Batch]:
+    inputs, labels = data
+    for chosen in order.split(size):
+        yield inputs[chosen], labels[chosen]
+
+
+def _check_finite(node: Node, loss: float) -> None:
+    if not abs(loss) < float("inf"):
+        raise DivergedError(node.path, node.round, loss)

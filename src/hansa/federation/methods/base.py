@@ -1,0 +1,170 @@
+"""The contract of a method: five steps that every node runs, and three pure functions of training.
+
+====================  ==============================  ===================================
+step                  at a leaf                       at an inner node, the root included
+====================  ==============================  ===================================
+``receive``           take the parent's message       the same; nothing reaches the root
+``begin/step/end``    local training                  the same, where it holds data
+``dispatch``          -                               one message for each chosen child
+``aggregate``         -                               merge the replies that came in time
+``reply``             (``end`` returns it)            message to the parent
+====================  ==============================  ===================================
+
+A method is a frozen value of options. It holds no state: what a node must remember it returns as
+a ``State``, which the engine saves, resumes and moves. It never loops over clients and never knows
+its engine.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from hansa.errors import InputError
+from hansa.federation.message import Message, State, Tensors
+from hansa.federation.node import Child, Node, Reply, Setup
+from hansa.models.task import Batch
+
+Work = dict[str, dict[str, torch.Tensor]]
+"""What local training carries from batch to batch: named groups of tensors and nothing else, so
+that the work of many clients can be stacked. ``params``, ``buffers`` and ``metrics`` are always
+there; a method adds groups of its own."""
+
+Scored = Literal["received", "trained", "tuned"]
+
+
+class Method(BaseModel, ABC):
+    """A federated algorithm.
+
+    Attributes:
+        name: what a configuration calls it.
+        scored: which model of a client its scores are about: the one it receives
+            (``received``), its own after local training (``trained``), or the received one after
+            fine-tuning on a copy (``tuned``).
+        common: whether the root ends with a model worth keeping.
+        max_depth: the deepest tree the method is defined on, None for any.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    scored: ClassVar[Scored] = "received"
+    common: ClassVar[bool] = True
+    max_depth: ClassVar[int | None] = None
+
+    def check(self, setup: Setup, depth: int) -> None:
+        """Refuse a model or a tree on which the method is not defined.
+
+        Raises:
+            InputError: the tree is too deep, or an option does not fit the model.
+        """
+        if self.max_depth is not None and depth > self.max_depth:
+            raise InputError(
+                "tree.federations", f"a tree of depth {depth}", f"depth 1 with method {self.name!r}"
+            )
+
+    @abstractmethod
+    def start_root(self, node: Node) -> State:
+        """Return the root's state before the first round."""
+
+    @abstractmethod
+    def receive(self, node: Node, state: State, down: Message) -> State:
+        """Return a node's state after the parent's message.
+
+        ``state`` is empty at a node that takes part for the first time.
+        """
+
+    @abstractmethod
+    def begin(self, node: Node, state: State) -> Work:
+        """Return the work of one round of local training."""
+
+    def phases(self, work: Work) -> Sequence[str]:
+        """Return the passes over the data that make up one local epoch."""
+        return ("train",)
+
+    def step(self, setup: Setup, work: Work, batch: Batch, phase: str) -> Work:
+        """Return the work after one batch. Pure: no Python value depends on a tensor."""
+        return train_step(setup, work, batch, phase)
+
+    @abstractmethod
+    def end(self, node: Node, state: State, work: Work) -> tuple[State, Message]:
+        """Return the leaf's state after its training, and its reply to the parent."""
+
+    @abstractmethod
+    def dispatch(
+        self, node: Node, state: State, children: Iterable[Child]
+    ) -> Iterator[tuple[str, Message]]:
+        """Yield one message for each child, in the order given."""
+
+    def remember(self, child: Child, reply: Message) -> State:
+        """Return what the parent keeps of a child once its reply is in; nothing by default."""
+        return child.link
+
+    @abstractmethod
+    def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
+        """Return the state after merging the replies, which come one by one in path order."""
+
+    @abstractmethod
+    def reply(self, node: Node, state: State) -> Message:
+        """Return an inner node's message to its parent, from its state after ``aggregate``."""
+
+    @abstractmethod
+    def model(self, setup: Setup, state: State) -> tuple[Tensors, Tensors]:
+        """Return parameters and buffers of the model that a node holds in a state."""
+
+    def tune_epochs(self, setup: Setup) -> int:
+        """Return the epochs of fine-tuning before scoring, where ``scored`` is ``tuned``."""
+        return setup.training.epochs
+
+    def describe(self, setup: Setup, state: State) -> dict[str, tuple[float, float]]:
+        """Return figures about a leaf's state as (sum, count), by name; none by default."""
+        return {}
+
+
+def train_step(
+    setup: Setup,
+    work: Work,
+    batch: Batch,
+    phase: str = "train",
+    mask: Tensors | None = None,
+    pull: Tensors | None = None,
+) -> Work:
+    """Return the work after one optimizer step.
+
+    Args:
+        setup: the run's task and optimizer.
+        work: the work so far; its optimizer memory stands under ``memory.*``.
+        batch: inputs and labels.
+        phase: the pass this step belongs to.
+        mask: name -> bool tensor, True where an entry may move.
+        pull: name -> tensor added to the gradient (a proximal term, say).
+    """
+    gradients, buffers, metrics = setup.task.gradients(work["params"], work["buffers"], batch)
+    if pull is not None:
+        gradients = {n: g if g is None else g + pull[n] for n, g in gradients.items()}
+    memory = {key[7:]: group for key, group in work.items() if key.startswith("memory.")}
+    params, memory = setup.training.update(work["params"], gradients, memory, mask, phase)
+    sums = {name: total + metrics[name] for name, total in work["metrics"].items()}
+    after = {**work, "params": params, "buffers": buffers, "metrics": sums}
+    return after | {f"memory.{part}": group for part, group in memory.items()}
+
+
+def begin_work(setup: Setup, params: Tensors, buffers: Tensors, **groups: Tensors) -> Work:
+    """Return fresh work: copies of the tensors, empty optimizer memory, metrics at zero."""
+    work: Work = {
+        "params": {name: p.clone() for name, p in params.items()},
+        "buffers": {name: b.clone() for name, b in buffers.items()},
+        "metrics": {name: torch.zeros(()) for name in ("loss", "accuracy", "count")},
+    }
+    memory = setup.training.memory(params)
+    work |= {f"memory.{part}": dict(tensors) for part, tensors in memory.items()}
+    return work | {name: dict(tensors) for name, tensors in groups.items()}
+
+
+def training_metrics(work: Work) -> dict[str, tuple[float, float]]:
+    """Return the metrics of local training as (sum, count)."""
+    sums = work["metrics"]
+    count = float(sums["count"])
+    return {name: (float(sums[name]), count) for name in ("loss", "accuracy")}

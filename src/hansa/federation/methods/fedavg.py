@@ -1,0 +1,107 @@
+"""Federated averaging, and the ground that other averaging methods stand on.
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+AISTATS 2017, Algorithm 1.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar, Literal
+
+from hansa.federation.aggregation import WeightedMean, add_metrics
+from hansa.federation.message import Message, State, Tensors
+from hansa.federation.methods.base import Method, Work, begin_work, training_metrics
+from hansa.federation.node import Child, Node, Reply, Setup
+
+Groups = Mapping[str, Tensors]
+
+
+class FedAvg(Method):
+    """Average the clients' models; every client starts each round from the mean.
+
+    On a deeper tree every inner node averages its children, weighted by what lies below them, so
+    the root's mean is that of the flat federation.
+    """
+
+    name: ClassVar[str] = "fedavg"
+    weighting: Literal["samples", "uniform"] = "samples"
+    """A client's weight in the mean: its number of training samples, or one."""
+
+    def own(self, setup: Setup) -> frozenset[str]:
+        """Return the names of the parameters that stay at their client; none in FedAvg."""
+        return frozenset()
+
+    def shared(self, setup: Setup) -> Groups:
+        """Return what travels, parameters and buffers, at its initial values."""
+        own = self.own(setup)
+        model = {name: p for name, p in setup.task.params.items() if name not in own}
+        return {"model": model, "buffers": setup.shared_buffers}
+
+    def start_root(self, node: Node) -> State:
+        """Return the initial model, as far as it is shared."""
+        return State(self.shared(node.setup))
+
+    def receive(self, node: Node, state: State, down: Message) -> State:
+        """Return the whole model: the parent's part, completed by what stays here."""
+        initial = {"model": node.setup.task.params, "buffers": node.setup.task.buffers}
+        return State(
+            {
+                group: {**initial[group], **state.group(group), **down.require(group, like)}
+                for group, like in self.shared(node.setup).items()
+            }
+        )
+
+    def begin(self, node: Node, state: State) -> Work:
+        """Return work that starts from the received model."""
+        return begin_work(node.setup, state.group("model"), state.group("buffers"))
+
+    def end(self, node: Node, state: State, work: Work) -> tuple[State, Message]:
+        """Return what stays at the client, and the trained shared part with its weight."""
+        shared = self.shared(node.setup)
+        trained = {"model": work["params"], "buffers": work["buffers"]}
+        weight = node.samples if self.weighting == "samples" else 1
+        reply = Message(_pick(trained, shared), {"weight": weight}, training_metrics(work))
+        if self.scored != "trained":
+            trained = {
+                group: {name: t for name, t in tensors.items() if name not in shared[group]}
+                for group, tensors in trained.items()
+            }
+        return State({group: tensors for group, tensors in trained.items() if tensors}), reply
+
+    def dispatch(
+        self, node: Node, state: State, children: Iterable[Child]
+    ) -> Iterator[tuple[str, Message]]:
+        """Yield the same message to every child: the shared part of the model."""
+        down = Message(_pick(state.groups, self.shared(node.setup)))
+        return ((child.path, down) for child in children)
+
+    def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
+        """Return the weighted mean of the replies; the model as it was when none came."""
+        shared = self.shared(node.setup)
+        means = {group: WeightedMean() for group in shared}
+        weight = 0.0
+        metrics: dict[str, tuple[float, float]] = {}
+        for reply in replies:
+            weight += reply.message.number("weight")
+            for group, mean in means.items():
+                mean.add(
+                    reply.message.require(group, shared[group]), reply.message.number("weight")
+                )
+            add_metrics(metrics, reply.message.metrics)
+        if not weight:
+            return State(state.groups, {"weight": 0})
+        groups = {group: mean.result() for group, mean in means.items()}
+        return State(groups, {"weight": weight}, metrics)
+
+    def reply(self, node: Node, state: State) -> Message:
+        """Return the mean, with the weight and the metrics of all that lies below."""
+        groups = _pick(state.groups, self.shared(node.setup))
+        return Message(groups, {"weight": state.number("weight")}, state.metrics)
+
+    def model(self, setup: Setup, state: State) -> tuple[Tensors, Tensors]:
+        """Return the model in a state, completed by initial values where it holds a part."""
+        params = {**setup.task.params, **state.group("model")}
+        return params, {**setup.task.buffers, **state.group("buffers")}
+
+
+def _pick(groups: Groups, like: Groups) -> Groups:
+    return {g: {name: groups[g][name] for name in names} for g, names in like.items() if names}

@@ -1,0 +1,112 @@
+"""Local optimizers as pure functions of tensors, so that clients can be stepped in stacks.
+
+A mask restrains the update itself and the optimizer's memory, not only the gradient: momentum and
+weight decay never move a masked entry.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hansa.federation.message import Tensors
+
+Memory = dict[str, dict[str, torch.Tensor]]
+
+
+class Training(BaseModel):
+    """How a client trains: the optimizer and the size of one round's local work."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0, allow_inf_nan=False)
+    """Learning rate."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Momentum of SGD; reset at the start of every round, as all optimizer memory is."""
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's two moments."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to Adam's denominator."""
+    epochs: int = Field(1, ge=1)
+    """Local passes over a client's training data per round."""
+    batch_size: int = Field(32, ge=1)
+    """Samples per local step; the last batch of an epoch may be smaller."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Training":
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError("momentum belongs to optimizer 'sgd'; Adam has betas")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must lie in [0, 1)")
+        return self
+
+    def memory(self, params: Tensors) -> Memory:
+        """Return the optimizer's memory before its first step, by name of its part."""
+        if self.optimizer == "sgd":
+            return {"momentum": _zeros(params)} if self.momentum else {}
+        return {"first": _zeros(params), "second": _zeros(params)}
+
+    def update(
+        self,
+        params: Tensors,
+        gradients: Mapping[str, torch.Tensor | None],
+        memory: Mapping[str, Tensors],
+        mask: Tensors | None = None,
+        phase: str = "train",
+    ) -> tuple[dict[str, torch.Tensor], Memory]:
+        """Return parameters and memory after one step.
+
+        Args:
+            params: name -> parameter.
+            gradients: name -> gradient of equal shape, or None where there is none; a parameter
+                without gradient stays as it is.
+            memory: what the previous step returned, at first ``memory(params)``.
+            mask: name -> bool tensor, True where an entry may move; everything moves without one.
+            phase: Adam's bias correction counts the steps of each phase apart, since an entry
+                that a phase masks does not live through its steps.
+        """
+        out = dict(params)
+        new: Memory = {part: dict(tensors) for part, tensors in memory.items()}
+        for name, gradient in gradients.items():
+            if gradient is None:
+                continue
+            held = {part: tensors[name] for part, tensors in memory.items() if name in tensors}
+            counter = f"{phase}:{name}"
+            step = new.get("steps", {}).get(counter, torch.zeros(())) + 1
+            value, after = self._step(params[name], gradient, held, step)
+            if mask is not None:
+                free = mask[name]
+                value = torch.where(free, value, params[name])
+                after = {part: torch.where(free, t, held[part]) for part, t in after.items()}
+            out[name] = value
+            for part, tensor in after.items():
+                new[part][name] = tensor
+            if self.optimizer != "sgd":
+                new.setdefault("steps", {})[counter] = step
+        return out, new
+
+    def _step(
+        self, value: torch.Tensor, gradient: torch.Tensor, held: Tensors, step: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if self.optimizer == "adamw":
+            value = value * (1 - self.lr * self.weight_decay)
+        elif self.weight_decay:
+            gradient = gradient + self.weight_decay * value
+        if self.optimizer == "sgd":
+            if not self.momentum:
+                return value - self.lr * gradient, {}
+            momentum = self.momentum * held["momentum"] + gradient
+            return value - self.lr * momentum, {"momentum": momentum}
+        first = self.betas[0] * held["first"] + (1 - self.betas[0]) * gradient
+        second = self.betas[1] * held["second"] + (1 - self.betas[1]) * gradient**2
+        unbiased = (second / (1 - self.betas[1] ** step)).sqrt() + self.epsilon
+        change = first / (1 - self.betas[0] ** step) / unbiased
+        return value - self.lr * change, {"first": first, "second": second}
+
+
+def _zeros(params: Tensors) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in params.items()}

@@ -1,0 +1,59 @@
+"""Who takes part in a round, who fails in it, and who is too late.
+
+The local engine is a simulator, so time is simulated as well: a client's round lasts its number of
+local steps times its own seconds per step. Everything is drawn from derived streams, so a run
+with stragglers and failures is as reproducible as one without.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hansa.seeding import numpy_generator
+
+Fate = Literal["ok", "late", "failed"]
+
+
+class Participation(BaseModel):
+    """The rules by which an inner node asks its children."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the children asked in a round; at least one child."""
+    failure_rate: float = Field(0.0, ge=0, lt=1)
+    """Chance that a child that was asked fails before it answers."""
+    deadline: float | None = Field(None, gt=0)
+    """Simulated seconds after which a reply no longer counts."""
+    step_seconds: float = Field(0.1, gt=0)
+    """Simulated seconds per local step on the median client."""
+    speed_spread: float = Field(0.0, ge=0, le=5)
+    """Standard deviation of the log of a client's seconds per step (log-normal, fixed per run)."""
+
+    def choose(self, children: Sequence[str], seed: int, path: str, round_: int) -> list[str]:
+        """Return the children asked in this round, in order, drawn without replacement."""
+        count = max(1, math.floor(self.fraction * len(children) + 0.5))
+        if count >= len(children):
+            return list(children)
+        stream = numpy_generator(seed, path, round_, "participation")
+        return [children[k] for k in sorted(stream.permutation(len(children))[:count])]
+
+    def seconds(self, seed: int, path: str, steps: int) -> float:
+        """Return the simulated seconds that a client needs for its local steps."""
+        spread = numpy_generator(seed, path, "speed").standard_normal() * self.speed_spread
+        return steps * self.step_seconds * math.exp(spread)
+
+    def fate(self, seed: int, path: str, round_: int, steps: int) -> tuple[Fate, float]:
+        """Return what becomes of a child in this round, and its simulated seconds.
+
+        A child that fails or is late ends the round in the state in which it began it.
+        """
+        seconds = self.seconds(seed, path, steps)
+        draw = numpy_generator(seed, path, round_, "failure").random()
+        if draw < self.failure_rate:
+            return "failed", seconds
+        if self.deadline is not None and seconds > self.deadline:
+            return "late", self.deadline
+        return "ok", seconds

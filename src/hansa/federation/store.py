@@ -1,0 +1,140 @@
+"""Where the states of nodes live between rounds: in memory, or on disk with a bounded cache.
+
+A key names a state: a node's path for its own state, ``PARENT@CHILD`` for what a parent remembers
+of a child. What a round puts becomes permanent when the round is committed; on disk a kill before
+that leaves the states of the last committed round.
+"""
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Protocol
+
+from hansa.errors import InputError
+from hansa.federation.message import MessageError, State
+from hansa.federation.wire import decode, encode, encoded_size
+from hansa.files import sync_folder
+
+
+def link_key(parent: str, child: str) -> str:
+    """Return the key of what a parent remembers of a child."""
+    return f"{parent}@{child}"
+
+
+class Store(Protocol):
+    """States by key; an empty state stands for one that was never put."""
+
+    def get(self, key: str) -> State:
+        """Return the newest state of a key."""
+        ...
+
+    def put(self, key: str, state: State) -> None:
+        """Set the state of a key; an empty state removes it."""
+        ...
+
+    def commit(self, round_: int) -> None:
+        """Make what was put since the last commit part of this round."""
+        ...
+
+
+class MemoryStore:
+    """States in memory."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, State] = {}
+
+    def get(self, key: str) -> State:
+        """Return the newest state of a key."""
+        return self._states.get(key, State())
+
+    def put(self, key: str, state: State) -> None:
+        """Set the state of a key."""
+        self._states[key] = state
+
+    def commit(self, round_: int) -> None:
+        """Do nothing: memory does not outlive its process."""
+
+
+class DiskStore:
+    """States as files ``FOLDER/KEY/ROUND.msg``, the newest ones also in a bounded cache.
+
+    A state belongs to the round that will be committed next. The version in force is the newest
+    file whose round is not above the last committed one; ``recover`` removes the others.
+    """
+
+    def __init__(self, folder: Path, committed: int = 0, cache_bytes: int = 1 << 30) -> None:
+        self._folder = folder
+        self._round = committed + 1
+        self._limit = cache_bytes
+        self._cache: OrderedDict[str, State] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+        self._held = 0
+        self._written: dict[str, Path] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._recover(committed)
+
+    def get(self, key: str) -> State:
+        """Return the newest state of a key.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        versions = self._versions(key)
+        if not versions:
+            return State()
+        try:
+            state = decode(versions[-1].read_bytes())
+        except MessageError as error:
+            raise InputError(str(versions[-1]), f"a damaged state ({error})", "it whole") from error
+        self._keep(key, state)
+        return state
+
+    def put(self, key: str, state: State) -> None:
+        """Write a state for the round under way."""
+        path = self._place(key) / f"{self._round:08d}.msg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(state))
+        self._written[key] = path
+        self._keep(key, state)
+
+    def commit(self, round_: int) -> None:
+        """Bring everything written since the last commit to the disk.
+
+        The caller then records the round; after that ``prune`` may remove older versions.
+        """
+        for path in self._written.values():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sync_folder(path.parent)
+        self._round = round_ + 1
+
+    def prune(self) -> None:
+        """Remove versions that the last commit has replaced."""
+        for key in self._written:
+            for path in self._versions(key)[:-1]:
+                path.unlink()
+        self._written.clear()
+
+    def _recover(self, committed: int) -> None:
+        for path in self._folder.rglob("*.msg"):
+            if int(path.stem) > committed:
+                path.unlink()
+
+    def _place(self, key: str) -> Path:
+        return self._folder / key.replace("/", "+")
+
+    def _versions(self, key: str) -> list[Path]:
+        return sorted(self._place(key).glob("*.msg"))
+
+    def _keep(self, key: str, state: State) -> None:
+        self._held -= self._sizes.pop(key, 0)
+        self._cache[key] = state
+        self._cache.move_to_end(key)
+        self._sizes[key] = encoded_size(state)
+        self._held += self._sizes[key]
+        while self._held > self._limit and self._cache:
+            oldest, _ = self._cache.popitem(last=False)
+            self._held -= self._sizes.pop(oldest)

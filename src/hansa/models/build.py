@@ -1,0 +1,123 @@
+"""Build a model from its description, which is all that a bundle keeps of its code."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from hansa.errors import InputError
+from hansa.models.images import CNN, MLP, ResNet18
+from hansa.seeding import global_stream
+
+BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "cnn": CNN, "resnet18": ResNet18}
+
+
+class Architecture(BaseModel):
+    """A model's class, its options, and the shapes it was built for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """``mlp``, ``cnn``, ``resnet18`` or ``module:Class``."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the class beside the shape and the classes."""
+    shape: tuple[int, ...]
+    """Shape of one input, without the batch."""
+    classes: int = Field(ge=2)
+    """Number of classes."""
+
+
+def build(
+    architecture: Architecture, seed: int = 0, trusted: Collection[str] | None = None
+) -> nn.Module:
+    """Build a model with initial values drawn from the run's seed.
+
+    A class of the user's own is imported from its module (the current folder included) and gets
+    ``shape`` and ``classes`` if its constructor has parameters of those names.
+
+    Args:
+        architecture: what to build.
+        seed: the run's seed.
+        trusted: names ``module:Class`` that may be imported; None allows any, which is right
+            for a configuration that the user wrote, and not for a file from elsewhere.
+
+    Raises:
+        InputError: unknown name, a module or class that is not there or not trusted, options that
+            the class does not take, or a model that does not map the shape to the classes.
+    """
+    kind = BUILT_IN.get(architecture.name) or _import(architecture.name, trusted)
+    try:
+        parameters = inspect.signature(kind).parameters
+    except (TypeError, ValueError):
+        parameters = {}
+    given: dict[str, Any] = {"shape": architecture.shape, "classes": architecture.classes}
+    arguments = {name: value for name, value in given.items() if name in parameters}
+    unknown = sorted(set(architecture.options) - set(parameters))
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        allowed = ", ".join(name for name in parameters if name not in given) or "none"
+        raise InputError(f"model.options.{unknown[0]}", "an unknown option", allowed)
+    try:
+        with global_stream(seed, "model"):
+            model = kind(**arguments, **architecture.options)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise InputError(
+            "model.options", f"options that {architecture.name} refuses ({error})", "its arguments"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise InputError("model.name", architecture.name, "a subclass of torch.nn.Module")
+    check_output(model, architecture)
+    return model
+
+
+def check_output(model: nn.Module, architecture: Architecture) -> None:
+    """Try the model on two empty inputs.
+
+    Raises:
+        InputError: it fails on them or does not return [2, classes].
+    """
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(2, *architecture.shape))
+        found = str(tuple(logits.shape))
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        found = f"an error: {str(error).strip().partition(chr(10))[0]}"
+    finally:
+        model.train(was)
+    if found != str((2, architecture.classes)):
+        raise InputError(
+            "model.name",
+            f"{architecture.name}, which maps inputs of shape (2, "
+            f"{', '.join(map(str, architecture.shape))}) to {found}",
+            f"a model that returns logits of shape (2, {architecture.classes})",
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("model.name", f"{architecture.name} without trainable parameters", "some")
+
+
+def _import(name: str, trusted: Collection[str] | None) -> type[nn.Module]:
+    module_name, colon, class_name = name.partition(":")
+    allowed = f"{', '.join(BUILT_IN)} or module:Class"
+    if not (colon and module_name and class_name):
+        raise InputError("model.name", repr(name), allowed)
+    if trusted is not None and name not in trusted:
+        raise InputError(
+            "model.name", f"{name!r}, code from outside Hansa", "a class named as trusted"
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        kind = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError("model.name", f"{name!r} ({error})", allowed) from error
+    if not callable(kind):
+        raise InputError("model.name", f"{name!r}, which cannot be called", allowed)
+    return kind  # type: ignore[no-any-return]

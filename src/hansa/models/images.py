@@ -1,0 +1,133 @@
+"""Small image models. Each takes [batch, channels, height, width] and returns logits."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Norm = Callable[[int], nn.Module]
+
+
+def group_norm(channels: int) -> nn.Module:
+    """Return GroupNorm with groups of 16 channels where they divide: no running statistics."""
+    groups = channels // 16 if channels % 16 == 0 else 1
+    return nn.GroupNorm(groups, channels)
+
+
+NORMS: dict[str, Norm] = {"group": group_norm, "batch": nn.BatchNorm2d}
+
+
+class MLP(nn.Module):
+    """Fully connected layers with ReLU between them."""
+
+    def __init__(self, shape: Sequence[int], classes: int, hidden: Sequence[int] = (64,)) -> None:
+        super().__init__()
+        widths = [torch.Size(shape).numel(), *hidden]
+        self.body = nn.Sequential()
+        for k, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+            self.body.add_module(f"linear{k}", nn.Linear(fan_in, fan_out))
+            self.body.add_module(f"relu{k}", nn.ReLU())
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return logits [batch, classes]."""
+        logits: torch.Tensor = self.head(self.body(inputs.flatten(1)))
+        return logits
+
+
+class CNN(nn.Module):
+    """Two 3x3 convolutions, each with ReLU and 2x2 max-pooling, one hidden layer, a head."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        classes: int,
+        channels: tuple[int, int] = (32, 64),
+        hidden: int = 128,
+    ) -> None:
+        super().__init__()
+        depth, height, width = shape
+        self.conv1 = nn.Conv2d(depth, channels[0], 3, padding=1)
+        self.conv2 = nn.Conv2d(channels[0], channels[1], 3, padding=1)
+        self.hidden = nn.Linear(channels[1] * (height // 4) * (width // 4), hidden)
+        self.head = nn.Linear(hidden, classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return logits [batch, classes]."""
+        maps = F.max_pool2d(F.relu(self.conv1(inputs)), 2)
+        maps = F.max_pool2d(F.relu(self.conv2(maps)), 2)
+        logits: torch.Tensor = self.head(F.relu(self.hidden(maps.flatten(1))))
+        return logits
+
+
+class _Block(nn.Module):
+    def __init__(self, fan_in: int, fan_out: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
+        self.norm1 = norm(fan_out)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
+        self.norm2 = norm(fan_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or fan_in != fan_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), norm(fan_out)
+            )
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        inner = F.relu(self.norm1(self.conv1(maps)))
+        return F.relu(self.norm2(self.conv2(inner)) + self.shortcut(maps))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al., CVPR 2016, Table 1).
+
+    Args:
+        shape: channels, height and width of an input.
+        classes: number of classes.
+        width: channels of the first stage; 64 in the paper.
+        norm: ``group``, or ``batch`` for the paper's BatchNorm.
+        stem: ``small`` is one 3x3 convolution, for images of about 32 pixels; ``large`` is the
+            paper's 7x7 convolution of stride 2 with max-pooling.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        classes: int,
+        width: int = 64,
+        norm: str = "group",
+        stem: str = "small",
+    ) -> None:
+        super().__init__()
+        if norm not in NORMS or stem not in ("small", "large"):
+            raise ValueError("norm must be 'group' or 'batch', stem 'small' or 'large'")
+        make = NORMS[norm]
+        large = stem == "large"
+        self.stem = nn.Sequential(
+            nn.Conv2d(
+                shape[0], width, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False
+            ),
+            make(width),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2, 1) if large else nn.Identity(),
+        )
+        self.stages = nn.Sequential()
+        fan_in = width
+        for k in range(4):
+            fan_out, stride = width * 2**k, 1 if k == 0 else 2
+            self.stages.add_module(
+                f"stage{k + 1}",
+                nn.Sequential(
+                    _Block(fan_in, fan_out, stride, make), _Block(fan_out, fan_out, 1, make)
+                ),
+            )
+            fan_in = fan_out
+        self.head = nn.Linear(fan_in, classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return logits [batch, classes]."""
+        maps = self.stages(self.stem(inputs))
+        logits: torch.Tensor = self.head(maps.mean((2, 3)))
+        return logits

@@ -1,0 +1,93 @@
+"""A task: a model and a loss as pure functions of parameters, buffers and a batch."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+Tensors = Mapping[str, torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor]
+Metrics = dict[str, torch.Tensor]
+
+
+class Task:
+    """Classification of inputs by a module that returns logits [batch, classes].
+
+    The module is only a recipe: its parameters and buffers travel as arguments. Parameters are
+    known by their names in ``named_parameters()``, so tied parameters count once; those that do
+    not require a gradient are part of the recipe and never travel.
+
+    Attributes:
+        params: name -> initial value of every trainable parameter.
+        buffers: name -> initial value of every buffer (running statistics).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.params = {
+            name: parameter.detach().clone()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+
+    def loss(
+        self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Return the mean cross-entropy over a batch, and its metrics as sums.
+
+        Running statistics are updated in place in ``buffers`` when training.
+
+        Args:
+            params: name -> parameter.
+            buffers: name -> buffer.
+            batch: inputs [batch, ...] and class numbers [batch].
+            training: whether layers such as dropout and BatchNorm act as in training.
+
+        Returns:
+            The scalar loss, and ``{"loss": sum, "accuracy": number correct, "count": batch}``.
+        """
+        inputs, labels = batch
+        if self.module.training is not training:
+            self.module.train(training)
+        logits = functional_call(self.module, (dict(params), dict(buffers)), (inputs,))
+        loss = F.cross_entropy(logits, labels)
+        count = torch.tensor(float(len(labels)))
+        correct = (logits.argmax(1) == labels).sum()
+        return loss, {"loss": loss.detach() * count, "accuracy": correct, "count": count}
+
+    def gradients(
+        self, params: Tensors, buffers: Tensors, batch: Batch
+    ) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor], Metrics]:
+        """Return gradients (None where a parameter had no part), new buffers, and metrics."""
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        buffers = {name: b.clone() for name, b in buffers.items()}
+        loss, metrics = self.loss(leaves, buffers, batch)
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        return dict(zip(leaves, gradients, strict=True)), buffers, metrics
+
+    @torch.no_grad()
+    def evaluate(
+        self, params: Tensors, buffers: Tensors, data: Batch, batch_size: int = 1024
+    ) -> dict[str, tuple[float, float]]:
+        """Return metrics over a data set as (sum, count), in evaluation mode."""
+        totals: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
+        chunks = zip(*(part.split(batch_size) for part in data), strict=True)
+        for chunk in chunks:
+            _, metrics = self.loss(params, buffers, chunk, training=False)
+            for name in totals:
+                totals[name] += float(metrics[name])
+        return {name: (total, float(len(data[1]))) for name, total in totals.items()}
+
+    def materialise(self, params: Tensors, buffers: Tensors) -> nn.Module:
+        """Return a module of its own that holds these parameters and buffers."""
+        module = copy.deepcopy(self.module)
+        state = {name: p.detach() for name, p in module.named_parameters()}
+        state |= dict(module.named_buffers())
+        with torch.no_grad():
+            for name, value in [*params.items(), *buffers.items()]:
+                state[name].copy_(value)
+        return module.eval()

@@ -1,0 +1,181 @@
+"""A run's folder: configuration, states, tables, and a checkpoint after every round.
+
+``config.toml``
+    the configuration as validated; ``hansa train`` takes it as it is.
+``checkpoint.json``
+    the last whole round and what the run stands on. It is replaced last in a round, by a rename;
+    whatever a kill leaves behind of a later round is removed on the next start.
+``states/``
+    states of nodes, as encoded messages.
+``parts/``
+    tables of single rounds, until the run ends.
+``scores.parquet``, ``ledger.parquet``, ``rounds.parquet``, ``summary.json``, ``bundle/``
+    the result.
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hansa import bundle
+from hansa.config import RunConfig, load
+from hansa.errors import InputError
+from hansa.federation.engines.local import RoundResult
+from hansa.federation.history import SCHEMAS, History, tables_of
+from hansa.federation.store import DiskStore
+from hansa.files import sync_folder, write_atomic
+
+FORMAT = 1
+
+
+class Run:
+    """One run's folder, open for reading, or for writing once locked.
+
+    Attributes:
+        path: the folder.
+        config: the run's configuration.
+        checkpoint: what the last checkpoint says: ``round``, ``data`` (fingerprint), ``classes``.
+        history: what the run measured up to its last checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a run.
+
+        Raises:
+            InputError: no run there, or a damaged one.
+        """
+        self.path = path
+        if not (path / "config.toml").is_file():
+            raise InputError(str(path), "no run", "the folder of a run, with its config.toml")
+        self.config = load(path / "config.toml")
+        self.checkpoint: dict[str, Any] = {"round": 0}
+        try:
+            if (path / "checkpoint.json").exists():
+                self.checkpoint = json.loads((path / "checkpoint.json").read_text())
+            self.history = History(self._tables())
+        except (ValueError, KeyError, pa.ArrowException, OSError) as error:
+            raise InputError(str(path), f"a damaged run ({error})", "a whole run") from error
+
+    @classmethod
+    def create(cls, config: RunConfig) -> "Run":
+        """Make the folder of a new run; its name is counted up where it is taken."""
+        parent = Path(config.output)
+        stem, number = f"{config.name}-seed{config.seed}", 1
+        while True:
+            path = parent / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError as error:
+                if not path.is_dir():
+                    raise InputError("output", f"{path}, a file", "a folder") from error
+                number += 1
+            except OSError as error:
+                raise InputError(
+                    "output", f"{parent} ({error.strerror})", "a folder that can be written"
+                ) from error
+        write_atomic(path / "config.toml", config.as_toml())
+        return cls(path)
+
+    @property
+    def round(self) -> int:
+        """The last whole round; 0 before the first."""
+        return int(self.checkpoint["round"])
+
+    @contextmanager
+    def claimed(self, config: RunConfig, facts: dict[str, Any]) -> Iterator[None]:
+        """Hold the run for this process alone, and check what it stands on.
+
+        Args:
+            config: the configuration to follow from here on.
+            facts: JSON values, ``data`` (the fingerprint) among them.
+
+        Raises:
+            InputError: another process is at work on the run, or it was begun on other data.
+        """
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(str(self.path), "a run under way", "an idle run") from error
+            began = self.checkpoint.get("data", facts["data"])
+            if began != facts["data"]:
+                raise InputError(
+                    str(self.path), f"data {facts['data'][:12]}", f"the run's data, {began[:12]}"
+                )
+            if config != self.config:
+                self.config = config
+                write_atomic(self.path / "config.toml", config.as_toml())
+            self.checkpoint |= {"format": FORMAT, **facts}
+            self._write_checkpoint()
+            yield
+
+    def store(self) -> DiskStore:
+        """Return the states of the run as of its last whole round."""
+        memory = self.config.engine.state_memory_mb * 1_000_000
+        self._store = DiskStore(self.path / "states", self.round, memory)
+        return self._store
+
+    def record(self, result: RoundResult) -> None:
+        """Make one round permanent: tables, then the checkpoint, then the clearing-up."""
+        tables = tables_of(result)
+        folder = self.path / "parts"
+        folder.mkdir(exist_ok=True)
+        for name, table in tables.items():
+            _write_table(folder / f"{result.number:08d}-{name}.parquet", table)
+        self.checkpoint["round"] = result.number
+        self._write_checkpoint()
+        self.history.add(tables)
+        self._store.prune()
+
+    def finish(self, common: bundle.Bundle | None) -> dict[str, Any]:
+        """Gather the tables into one file each, and write and return the summary."""
+        for name in SCHEMAS:
+            _write_table(self.path / f"{name}.parquet", self.history.table(name))
+        shutil.rmtree(self.path / "parts", ignore_errors=True)
+        summary = {
+            "run": str(self.path),
+            "method": self.config.method.name,
+            **self.history.summary(),
+            "bundle": common.digest if common else None,
+        }
+        write_atomic(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _write_checkpoint(self) -> None:
+        write_atomic(self.path / "checkpoint.json", json.dumps(self.checkpoint, indent=2) + "\n")
+
+    def _tables(self) -> list[dict[str, pa.Table]]:
+        """Return the tables of every whole round; those of an unfinished round are left out."""
+        gathered = {
+            name: pq.read_table(self.path / f"{name}.parquet", schema=schema)
+            for name, schema in SCHEMAS.items()
+            if (self.path / f"{name}.parquet").exists()
+        }
+        # A run killed while gathering has some gathered files and still all its parts.
+        whole = len(gathered) == len(SCHEMAS)
+        held = History([gathered]).num_rounds if whole else 0
+        tables = [gathered] if whole else []
+        for number in range(held + 1, self.round + 1):
+            stem = self.path / "parts" / f"{number:08d}"
+            tables.append(
+                {
+                    name: pq.read_table(f"{stem}-{name}.parquet", schema=schema)
+                    for name, schema in SCHEMAS.items()
+                }
+            )
+        return tables
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_atomic(path, sink.getvalue().to_pybytes())
+    sync_folder(path.parent)
