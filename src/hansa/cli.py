@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,13 +14,18 @@ from hansa.errors import InputError
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Train models together without pooling the data.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.callback(invoke_without_command=True)
+def about(context: typer.Context) -> None:
+    """Train models together without pooling the data."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -88,15 +92,19 @@ def demo(
         print(f"report: {page}")
 
 
+# Typer's own base of all usage errors; newer releases carry it inside, older ones take click's.
+_UsageError: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
+
+
 def main() -> None:
     """Run the command line; wrong input ends in status 2 and one line, never in a traceback."""
     try:
         status = app(standalone_mode=False)
     except InputError as error:
         _fail(str(error))
-    except click.ClickException as error:
+    except _UsageError as error:
         _fail(" ".join(error.format_message().split()))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("hansa: stopped; train --resume RUN goes on from here", file=sys.stderr)
         sys.exit(1)
     sys.exit(status or 0)
@@ -142,9 +150,11 @@ def _print(summaries: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(summaries[0]))
         return
+    from hansa.report.plots import size
+
     table = Table(caption="test accuracy over clients, last round; bytes of all encoded messages")
-    for name in ("method", "accuracy", "std", "worst tenth", "up", "down", "seconds", "run"):
-        table.add_column(name, justify="left" if name in ("method", "run") else "right")
+    for name in ("method", "accuracy", "std", "worst tenth", "up", "down", "seconds"):
+        table.add_column(name, justify="left" if name == "method" else "right")
     for summary in summaries:
         accuracy = summary["metrics"].get("accuracy")
         scores = [f"{accuracy[key]:.3f}" if accuracy else "-" for key in _SCORES]
@@ -154,21 +164,13 @@ def _print(summaries: list[dict[str, Any]], as_json: bool) -> None:
             size(summary["bytes"]["up"]),
             size(summary["bytes"]["down"]),
             f"{summary['seconds']:.1f}",
-            summary["run"],
         )
     Console().print(table)
+    for summary in summaries:
+        print(f"run: {summary['run']}")
 
 
 _SCORES = ("mean", "std", "worst_tenth")
-
-
-def size(num: float) -> str:
-    """Return a number of bytes for people, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num < 1000 or unit == "GB":
-            break
-        num /= 1000
-    return f"{num:.0f} {unit}" if unit == "B" else f"{num:.2f} {unit}"
 
 
 if __name__ == "__main__":

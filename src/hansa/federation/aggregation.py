@@ -30,10 +30,11 @@ class WeightedMean:
             return
         self.total += weight
         for name, tensor in tensors.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros_like(tensor, dtype=torch.float64)
+            if name in self._sums:
+                self._sums[name].add_(tensor, alpha=weight)
+            else:  # not added to zeros, which would lose the sign of -0.0
+                self._sums[name] = tensor.double() * weight
                 self._dtypes[name] = tensor.dtype
-            self._sums[name].add_(tensor, alpha=weight)
 
     def result(self) -> dict[str, torch.Tensor]:
         """Return the mean in each tensor's own dtype; integers are rounded."""

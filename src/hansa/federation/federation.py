@@ -41,8 +41,8 @@ class Federation:
         on_failure: whether a client whose loss is no number stops the run or is dropped.
 
     Raises:
-        InputError: no clients, clients that are not the leaves of the tree, or a method that is
-            not defined on the tree or the model.
+        InputError: no clients, clients that are not the leaves of the tree, a method that is not
+            defined on the tree or the model, or a BatchNorm that would see a batch of one.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Federation:
             raise InputError("clients", f"{odd} in one of them only", "the leaves of the tree")
         self.setup = Setup(Task(model), training or Training(), buffers)
         method.check(self.setup, self.tree.depth)
+        _check_batches(model, clients, self.setup.training.batch_size)
         self._paths = paths | {ROOT: ROOT}
         self._engine = LocalEngine(
             self.tree,
@@ -105,3 +106,17 @@ class Federation:
     def keep_states_in(self, store: Store) -> None:
         """Keep the nodes' states in a store, and go on from those that it holds."""
         self._engine.store = store
+
+
+def _check_batches(model: nn.Module, clients: Mapping[str, Client], size: int) -> None:
+    """Refuse batches of one sample for layers that normalise over the batch."""
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        return
+    for name, client in clients.items():
+        if size == 1 or client.count("train") % size == 1:
+            raise InputError(
+                "training.batch_size",
+                f"{size}, which leaves {name} with a batch of one of its "
+                f"{client.count('train')} samples under BatchNorm",
+                "a size that leaves no single sample, or a model with GroupNorm",
+            )

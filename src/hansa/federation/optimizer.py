@@ -76,7 +76,7 @@ class Training(BaseModel):
                 continue
             held = {part: tensors[name] for part, tensors in memory.items() if name in tensors}
             counter = f"{phase}:{name}"
-            step = new.get("steps", {}).get(counter, torch.zeros(())) + 1
+            step = new.get("steps", {}).get(counter, torch.zeros((), dtype=torch.float64)) + 1
             value, after = self._step(params[name], gradient, held, step)
             if mask is not None:
                 free = mask[name]
@@ -98,9 +98,9 @@ class Training(BaseModel):
             gradient = gradient + self.weight_decay * value
         if self.optimizer == "sgd":
             if not self.momentum:
-                return value - self.lr * gradient, {}
-            momentum = self.momentum * held["momentum"] + gradient
-            return value - self.lr * momentum, {"momentum": momentum}
+                return torch.sub(value, gradient, alpha=self.lr), {}
+            momentum = torch.add(gradient, held["momentum"], alpha=self.momentum)
+            return torch.sub(value, momentum, alpha=self.lr), {"momentum": momentum}
         first = self.betas[0] * held["first"] + (1 - self.betas[0]) * gradient
         second = self.betas[1] * held["second"] + (1 - self.betas[1]) * gradient**2
         unbiased = (second / (1 - self.betas[1] ** step)).sqrt() + self.epsilon

@@ -7,6 +7,7 @@ that leaves the states of the last committed round.
 
 import os
 from collections import OrderedDict
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
@@ -70,6 +71,7 @@ class DiskStore:
         self._sizes: dict[str, int] = {}
         self._held = 0
         self._written: dict[str, Path] = {}
+        self._replaced: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
         self._recover(committed)
 
@@ -109,22 +111,28 @@ class DiskStore:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             sync_folder(path.parent)
+        sync_folder(self._folder)
+        self._replaced |= self._written.keys()
+        self._written.clear()
         self._round = round_ + 1
 
     def prune(self) -> None:
         """Remove versions that the last commit has replaced."""
-        for key in self._written:
-            for path in self._versions(key)[:-1]:
+        for key in self._replaced:
+            committed = [path for path in self._versions(key) if int(path.stem) < self._round]
+            for path in committed[:-1]:
                 path.unlink()
-        self._written.clear()
+        self._replaced.clear()
 
     def _recover(self, committed: int) -> None:
-        for path in self._folder.rglob("*.msg"):
+        for path in self._folder.glob("*/*.msg"):
             if int(path.stem) > committed:
                 path.unlink()
 
     def _place(self, key: str) -> Path:
-        return self._folder / key.replace("/", "+")
+        name = key.replace("/", "+")
+        # A file system holds names of up to 255 bytes; links deep in a tree may be longer.
+        return self._folder / (name if len(name) <= 255 else sha256(name.encode()).hexdigest())
 
     def _versions(self, key: str) -> list[Path]:
         return sorted(self._place(key).glob("*.msg"))

@@ -46,11 +46,21 @@ class Tree:
 
     @classmethod
     def grouped(cls, names: Iterable[str], federations: int) -> "Tree":
-        """Return a tree of depth two: the names dealt in turn to that many inner nodes."""
+        """Return a tree of depth two: the names dealt in turn to that many inner nodes.
+
+        With one federation the tree is flat.
+
+        Raises:
+            InputError: fewer names than federations, or a name that an inner node bears.
+        """
         names = sorted(names)
         if federations == 1:
             return cls.flat(names)
+        if not 1 <= federations <= len(names):
+            raise InputError("tree.federations", federations, f"1 to {len(names)}")
         inner = [f"federation-{k}" for k in range(federations)]
+        if taken := set(inner).intersection(names):
+            raise InputError(f"tree.{min(taken)}", "the name of an inner node", "another name")
         parents = dict.fromkeys(inner, ROOT)
         parents |= {name: inner[k % federations] for k, name in enumerate(names)}
         return cls(parents)

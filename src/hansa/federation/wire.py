@@ -35,7 +35,7 @@ from hansa.federation.message import Message, MessageError
 
 MAGIC = b"HANSAMSG"
 VERSION = 1
-PREFIX = struct.Struct("<8sHxxIQ")
+PREFIX = struct.Struct("<8sIIQ")
 MAX_BYTES = 1 << 34
 """Default limit on what a message may unfold to, checked before anything is allocated."""
 
@@ -72,7 +72,8 @@ def encode(message: Message) -> bytes:
     """Return the message as bytes. Equal messages give equal bytes.
 
     Raises:
-        MessageError: a dtype outside the encoding, or a group name with odd characters.
+        MessageError: a dtype outside the encoding, a group name with odd characters, or a tensor
+            name without a UTF-8 form.
     """
     parts = _parts(message)
     body = b"".join([_header(message, parts), *(part.data() for part in parts)])
@@ -111,7 +112,7 @@ def decode(data: bytes, max_bytes: int = MAX_BYTES) -> Message:
     _check_declared(about, len(body), max_bytes)
     try:
         stored = safetensors.torch.load(body)
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise MessageError(f"malformed tensors: {error}") from error
     forms = about["forms"]
     if not forms.keys() <= stored.keys():
@@ -144,6 +145,8 @@ def _parts(message: Message) -> list[_Part]:
 
 
 def _part(key: str, tensor: torch.Tensor) -> _Part:
+    if key.encode(errors="replace").decode() != key:
+        raise MessageError(f"tensor name {key!r} has no UTF-8 form")
     if tensor.dtype not in _DTYPES:
         raise MessageError(f"{key}: dtype {tensor.dtype} is not part of the encoding")
     tensor = tensor.detach().cpu().contiguous()
@@ -191,15 +194,13 @@ def _part(key: str, tensor: torch.Tensor) -> _Part:
         ),
         dense(),
     ]
-    return min(candidates, key=lambda part: part.size + _cost_of_form(part))
+    return min(candidates, key=_cost)
 
 
-def _cost_of_form(part: _Part) -> int:
-    # What the form adds to the header: its JSON is a string inside JSON, so each quote costs two.
-    if part.form is None:
-        return 0
-    text = _json({part.key: part.form})
-    return len(text) + text.count('"')
+def _cost(part: _Part) -> int:
+    # The bytes, and what differs in the header, where the form is JSON in a string inside JSON.
+    form = len(_json(_json({part.key: part.form}))) - 2 if part.form else 0
+    return part.size + len(_json([part.dtype, part.shape])) + form
 
 
 def _width(largest: int) -> int:
@@ -289,7 +290,7 @@ def _check_declared(about: dict[str, Any], held: int, max_bytes: int) -> None:
             case ["bits" | "bitmap", str() as dtype, list() as shape]:
                 pass
             case ["indices" | "gaps", str() as dtype, list() as shape, int() as width]:
-                if width not in _UNSIGNED:
+                if type(width) is not int or width not in _UNSIGNED:
                     raise MessageError(f"{key}: positions of {width} bytes")
             case _:
                 raise MessageError(f"{key}: unknown form {form!r}")
@@ -297,11 +298,15 @@ def _check_declared(about: dict[str, Any], held: int, max_bytes: int) -> None:
             raise MessageError(f"{key}: unknown dtype {dtype!r}")
         if (form[0] in ("bits", "indices")) != (dtype == "BOOL"):
             raise MessageError(f"{key}: form {form[0]!r} does not hold {dtype}")
-        if not all(type(length) is int and length >= 0 for length in shape):
-            raise MessageError(f"{key}: shape {shape!r}")
-        total += math.prod(shape) * _BY_NAME[dtype].itemsize
+        size = _BY_NAME[dtype].itemsize
+        for length in shape:
+            # Nothing is saved by packing an empty tensor, so no length is 0.
+            if type(length) is not int or length < 1:
+                raise MessageError(f"{key}: shape {shape!r}")
+            size = min(size * length, max_bytes + 1)
+        total += size
     if total > max_bytes:
-        raise MessageError(f"the message unfolds to {total} bytes, the limit is {max_bytes}")
+        raise MessageError(f"the message unfolds to more than the limit of {max_bytes} bytes")
 
 
 def _unpack(key: str, stored: torch.Tensor, form: list[Any]) -> torch.Tensor:

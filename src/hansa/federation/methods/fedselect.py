@@ -114,7 +114,7 @@ class FedSelect(Method):
             {
                 "model": pack(params, mask),
                 "buffers": {name: work["buffers"][name] for name in node.setup.shared_buffers},
-                "promoted": {name: after[name] & ~mask[name] for name in after},
+                "promoted": {n: after[n] & ~mask[n] for n in after if after[n].ne(mask[n]).any()},
             },
             metrics=training_metrics(work),
         )
@@ -134,10 +134,9 @@ class FedSelect(Method):
 
     def remember(self, child: Child, reply: Message) -> State:
         """Return the child's masks: the one it trained with, and the one it trains with next."""
-        promoted = reply.group("promoted")
-        used = _mask(child.link.group("next"), promoted)
-        after = {name: used[name] | promoted[name] for name in used}
-        return State({"mask": used, "next": after})
+        used, promoted = child.link.group("next"), reply.group("promoted")
+        after = {n: used[n] | mask if n in used else mask for n, mask in promoted.items()}
+        return State({"mask": used, "next": {**used, **after}})
 
     def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
         """Return, entry by entry, the plain mean over the clients that share it.
@@ -153,7 +152,7 @@ class FedSelect(Method):
         for reply in replies:
             used = _mask(reply.link.group("next"), like)
             values = unpack(reply.message.group("model"), used, like)
-            reply.message.require("promoted", used)
+            _check_promoted(reply.message, used)
             for name, mask in used.items():
                 sums[name] += values[name]
                 counts[name] += ~mask
@@ -239,6 +238,13 @@ def unpack(rows: Tensors, mask: Tensors, like: Tensors) -> Tensors:
         dense[name] = torch.zeros_like(template)
         dense[name][shared] = row
     return dense
+
+
+def _check_promoted(reply: Message, masks: Tensors) -> None:
+    promoted = reply.group("promoted")
+    if odd := sorted(promoted.keys() - masks.keys()):
+        raise MessageError(f"group 'promoted' holds {odd[0]!r}, which the model does not have")
+    reply.require("promoted", {name: masks[name] for name in promoted})
 
 
 def _mask(masks: Tensors, like: Tensors) -> dict[str, torch.Tensor]:

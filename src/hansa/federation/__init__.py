@@ -1,0 +1,1 @@
+"""Federated training: the tree, messages, methods, engines."""

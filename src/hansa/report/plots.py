@@ -1,0 +1,122 @@
+"""Plots as SVG that stands inside a page: its text and axes take the page's colour and font."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("svg")
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+# Okabe and Ito's palette, told apart by people with any colour vision; lines differ in dash and
+# marker as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+_INK = "#010203"  # stands for the page's own text colour until the SVG is written
+
+Series = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def lines(
+    series: Series,
+    *,
+    title: str,
+    x: str,
+    y: str,
+    percent: bool = False,
+    bytes_: bool = False,
+) -> str:
+    """Return one line per series over points (x, y), with a legend beside the plot."""
+    figure, axes = _figure(title, x, y)
+    for k, (name, points) in enumerate(series.items()):
+        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        axes.plot(
+            xs,
+            ys,
+            label=name,
+            color=COLOURS[k % len(COLOURS)],
+            linestyle=DASHES[k // len(COLOURS) % len(DASHES)],
+            marker=MARKERS[k % len(MARKERS)],
+            markersize=4,
+            markevery=max(1, len(xs) // 10),
+            linewidth=1.8,
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _format(axes, percent, bytes_)
+    return _svg(figure, axes)
+
+
+def dots(values: Mapping[str, Mapping[str, float]], *, title: str, x: str, y: str) -> str:
+    """Return one row of dots per client: series -> client -> share between 0 and 1."""
+    figure, axes = _figure(title, x, y)
+    clients = sorted({client for row in values.values() for client in row})
+    figure.set_figheight(max(2.6, 1.2 + 0.26 * len(clients)))
+    for k, (name, row) in enumerate(values.items()):
+        axes.plot(
+            [row[c] for c in clients if c in row],
+            [clients.index(c) for c in clients if c in row],
+            label=name,
+            linestyle="",
+            marker=MARKERS[k % len(MARKERS)],
+            color=COLOURS[k % len(COLOURS)],
+            alpha=0.85,
+        )
+    axes.set_yticks(range(len(clients)), clients)
+    axes.invert_yaxis()
+    axes.set_xlim(-0.03, 1.03)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    return _svg(figure, axes)
+
+
+def size(num: float) -> str:
+    """Return a number of bytes for people, in decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if num < 1000:
+            return f"{num:.0f} {unit}" if unit == "B" else f"{num:.2f} {unit}"
+        num /= 1000
+    return f"{num:.2f} GB"
+
+
+def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.set_xlabel(x, color=_INK)
+    axes.set_ylabel(y, color=_INK)
+    axes.tick_params(colors=_INK)
+    axes.grid(color=_INK, alpha=0.15)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color(_INK)
+    return figure, axes
+
+
+def _format(axes: Axes, percent: bool, bytes_: bool) -> None:
+    if percent:
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    if bytes_:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+
+
+def _svg(figure: Figure, axes: Axes) -> str:
+    legend = axes.legend(
+        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, fontsize=9
+    )
+    legend.set_in_layout(True)
+    target = io.StringIO()
+    title = axes.get_title(loc="left")
+    # The salt makes ids the same in every run and different between the plots of a page.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+        figure.savefig(
+            target, format="svg", transparent=True, metadata={"Date": None, "Title": title}
+        )
+    text = target.getvalue()
+    return text[text.index("<svg") :].replace(_INK, "currentColor")

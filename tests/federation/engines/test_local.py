@@ -1,0 +1,173 @@
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from hansa.data.clients import Client
+from hansa.errors import InputError
+from hansa.federation.engines import local
+from hansa.federation.engines.local import LocalEngine
+from hansa.federation.leaf import DivergedError
+from hansa.federation.message import Message
+from hansa.federation.methods import METHODS, FedAvg, FedSelect, Method
+from hansa.federation.participation import Participation
+from hansa.federation.store import DiskStore
+from hansa.federation.tree import Tree
+from hansa.federation.wire import encode
+from support import clients, engine, everything, net, run
+
+HARD = Participation(fraction=0.7, failure_rate=0.2, deadline=0.7, speed_spread=0.7)
+
+
+def build(method: Method, workers: int = 1, tree: Tree | None = None) -> LocalEngine:
+    # Dropout and BatchNorm: random streams and buffers must be in order as well.
+    model = net(nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.2)))
+    return engine(
+        method,
+        model=model,
+        data=clients(5, per_client=8),
+        participation=HARD,
+        workers=workers,
+        tree=tree,
+    )
+
+
+@pytest.mark.parametrize("name", ["fedselect", "fedavg-tuned"])
+def test_worker_processes_change_nothing(name: str) -> None:
+    method = METHODS[name]()
+    here, there = build(method), build(method, workers=4)
+    assert everything(here, run(here, 4)) == everything(there, run(there, 4))
+
+
+def test_worker_processes_change_nothing_on_a_deep_tree() -> None:
+    tree = Tree.grouped(clients(5), 2)
+    here, there = build(FedAvg(), tree=tree), build(FedAvg(), workers=2, tree=tree)
+    assert everything(here, run(here)) == everything(there, run(there))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_order_of_work_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = METHODS[name]()
+    forward = build(method)
+    expected = everything(forward, run(forward))
+
+    def backward(calls: Iterator[Callable[[], object]], num: int) -> Iterator[Callable[[], object]]:
+        asked = list(calls)
+        done = [ask() for ask in reversed(asked)][::-1]
+        return ((lambda result=result: result) for result in done)
+
+    monkeypatch.setattr(local, "_ahead", backward)
+    reversed_ = build(method)
+    assert everything(reversed_, run(reversed_)) == expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_order_in_which_clients_are_named_changes_nothing(name: str) -> None:
+    method = METHODS[name]()
+    data = clients(4)
+    shuffled = {key: data[key] for key in ("c2", "c0", "c3", "c1")}
+    first, second = engine(method, data=data), engine(method, data=shuffled)
+    assert everything(first, run(first)) == everything(second, run(second))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_states_on_disk_change_nothing(name: str, tmp_path) -> None:
+    method = METHODS[name]()
+    memory, disk = build(method), build(method)
+    disk.store = DiskStore(tmp_path, cache_bytes=0)
+    assert everything(memory, run(memory)) == everything(disk, run(disk))
+
+
+class Tapped(FedAvg):
+    """FedAvg that keeps the bytes of whatever it is handed."""
+
+    def receive(self, node, state, down: Message):
+        TAPPED[node.path, "down"] = len(encode(down))
+        return super().receive(node, state, down)
+
+    def end(self, node, state, work):
+        after, reply = super().end(node, state, work)
+        TAPPED[node.path, "up"] = len(encode(reply))
+        return after, reply
+
+
+TAPPED: dict[tuple[str, str], int] = {}
+
+
+def test_the_ledger_counts_the_bytes_of_the_encoded_messages() -> None:
+    TAPPED.clear()
+    with engine(Tapped()) as running:
+        visits = running.round(1, score=False).visits
+    assert len(visits) == 3
+    for visit in visits:
+        assert (visit.down, visit.up) == (TAPPED[visit.path, "down"], TAPPED[visit.path, "up"])
+
+
+def test_clients_that_fail_or_are_late_are_recorded_and_leave_no_trace() -> None:
+    federation = build(FedSelect())
+    fates = {}
+    with federation as running:
+        for number in range(1, 9):
+            before = {path: encode(running.state(path)) for path in running.tree.leaves()}
+            for visit in running.round(number).visits:
+                fates.setdefault(visit.fate, []).append(visit)
+                if visit.fate != "ok":
+                    assert visit.down > 0
+                    assert visit.up == 0
+                    assert encode(running.state(visit.path)) == before[visit.path]
+    assert fates.keys() == {"ok", "late", "failed"}
+    assert all(visit.seconds == 0.7 for visit in fates["late"])
+
+
+def poisoned() -> dict[str, Client]:
+    data = clients(3)
+    inputs, labels = data["c1"].batch("train")
+    bad = Client.of((inputs * float("nan"), labels), test=data["c1"].batch("test"))
+    return {**data, "c1": bad}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_client(workers: int) -> None:
+    federation = engine(FedAvg(), data=poisoned(), workers=workers)
+    with pytest.raises(DivergedError, match="the loss of c1 is nan in round 1"):
+        run(federation)
+
+
+def test_or_the_client_is_dropped_and_never_averaged() -> None:
+    federation = engine(FedAvg(), data=poisoned(), on_failure="drop")
+    results = run(federation)
+    failed = [visit for visit in results[0].visits if visit.fate == "failed"]
+    assert [(visit.path, visit.error) for visit in failed] == [
+        ("root/c1", "the loss of c1 is nan in round 1")
+    ]
+    assert all(tensor.isfinite().all() for tensor in federation.state().group("model").values())
+
+
+def test_a_round_can_go_unscored() -> None:
+    with engine(FedAvg()) as running:
+        assert running.round(1, score=False).scores == {}
+        assert running.round(2).scores.keys() == {"root/c0", "root/c1", "root/c2"}
+
+
+def test_every_client_is_scored_whoever_took_part() -> None:
+    federation = engine(FedSelect(), data=clients(6), participation=Participation(fraction=0.3))
+    results = run(federation, 2)
+    assert all(len(result.visits) == 2 for result in results)
+    assert all(len(result.scores) == 6 for result in results)
+
+
+def test_pytorchs_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with engine(FedAvg()):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+def test_a_model_that_cannot_be_sent_to_a_process_is_named() -> None:
+    class Hidden(nn.Linear):
+        pass
+
+    federation = engine(FedAvg(), model=Hidden(4, 3), workers=2)
+    with pytest.raises(InputError, match=r"engine\.workers"):
+        run(federation)

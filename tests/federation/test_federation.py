@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+import hansa
+from hansa.federation.tree import Tree
+from support import clients, net
+
+
+def federation(**options: object) -> hansa.Federation:
+    training = hansa.Training(lr=0.1, batch_size=3)
+    return hansa.Federation(net(), clients(), hansa.FedSelect(rate=0.2), training, **options)  # type: ignore[arg-type]
+
+
+def test_history_is_one_table_row_per_client_round_and_metric() -> None:
+    history = federation().run(3, score_every=2)
+    assert history.num_rounds == 3
+    assert history.scored("test", "accuracy").keys() == {2, 3}
+    assert history.table("ledger").num_rows == 9
+    up, down = history.bytes()[1]
+    assert up == sum(history.table("ledger")["up"].to_pylist()[:3])
+    assert down > 0
+
+
+def test_summary_reports_the_last_and_the_validation_chosen_round() -> None:
+    history = federation().run(4)
+    metrics = history.summary()["metrics"]
+    means = {
+        number: sum(row.values()) / len(row)
+        for number, row in history.scored("validation", "accuracy").items()
+    }
+    best = max(means.values())
+    chosen = min(number for number, mean in means.items() if mean == best)
+    test = history.scored("test", "accuracy")
+    assert metrics["accuracy_chosen"]["round"] == chosen
+    assert metrics["accuracy_chosen"]["mean"] == pytest.approx(sum(test[chosen].values()) / 3)
+    assert metrics["accuracy"]["mean"] == pytest.approx(sum(test[4].values()) / 3)
+
+
+def test_a_client_s_model_is_the_one_that_was_scored() -> None:
+    ran = federation()
+    history = ran.run(3)
+    inputs, labels = clients()["c1"].batch("test")
+    with torch.no_grad():
+        correct = (ran.model_of("c1")(inputs).argmax(1) == labels).float().mean().item()
+    assert correct == pytest.approx(history.scored("test", "accuracy")[3]["c1"])
+
+
+def test_unknown_nodes_and_trees_that_do_not_fit_are_named() -> None:
+    with pytest.raises(hansa.InputError, match="'c9'; allowed: one of c0, c1, c2, root"):
+        federation().model_of("c9")
+    with pytest.raises(hansa.InputError, match="c0, c1, c2"):
+        federation(tree=Tree.flat(["x", "c0", "c1", "c2"]).flat(["x"]))
+
+
+def test_the_worst_tenth_is_the_mean_of_the_worst_clients() -> None:
+    from hansa.federation.history import spread
+
+    values = [0.1 * k for k in range(11)]
+    assert spread(values)["worst_tenth"] == pytest.approx(0.05)
+    assert spread(values, higher_is_better=False)["worst_tenth"] == pytest.approx(0.95)
+    assert spread(values)["std"] == pytest.approx((110 / 12) ** 0.5 * 0.1 * (120 / 110) ** 0.5)
+
+
+def test_a_batch_of_one_under_batchnorm_is_refused_before_the_run() -> None:
+    model = net(torch.nn.BatchNorm1d(6))
+    with pytest.raises(hansa.InputError, match=r"training.batch_size: found 3, which leaves c0"):
+        hansa.Federation(model, clients(), hansa.FedAvg(), hansa.Training(batch_size=3))

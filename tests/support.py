@@ -1,0 +1,108 @@
+"""Small federations that tests share: seconds matter, so everything here is tiny."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from hansa.data.clients import Client
+from hansa.federation.engines.local import LocalEngine, RoundResult
+from hansa.federation.message import State
+from hansa.federation.methods.base import Method
+from hansa.federation.node import Setup
+from hansa.federation.optimizer import Training
+from hansa.federation.tree import Tree
+from hansa.federation.wire import encode
+from hansa.models.task import Task
+
+CLASSES, FEATURES = 3, 4
+
+
+class Net(nn.Module):
+    """A body and a head, with whatever stands between them."""
+
+    def __init__(self, between: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body = nn.Linear(FEATURES, 6)
+        self.between = between or nn.ReLU()
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.between(self.body(inputs)))
+        return logits
+
+
+class Row(nn.Module):
+    """One parameter, ``w``, of any length: for arithmetic by hand."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(length))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * self.w
+
+
+def net(between: nn.Module | None = None) -> Net:
+    torch.manual_seed(0)
+    return Net(between)
+
+
+def clients(num: int = 3, per_client: int = 7) -> dict[str, Client]:
+    """Clients with labels that depend on the inputs, differently at each client."""
+    made = {}
+    for k in range(num):
+        rng = torch.Generator().manual_seed(k)
+        inputs = torch.randn(per_client + 10, FEATURES, generator=rng)
+        labels = (inputs[:, k % FEATURES] > 0).long() + (inputs[:, (k + 1) % FEATURES] > 0).long()
+        made[f"c{k}"] = Client.of(
+            (inputs[:per_client], labels[:per_client]),
+            test=(inputs[per_client:], labels[per_client:]),
+            validation=(inputs[per_client:], labels[per_client:]),
+        )
+    return made
+
+
+def engine(
+    method: Method,
+    *,
+    model: nn.Module | None = None,
+    data: Mapping[str, Client] | None = None,
+    training: Training | None = None,
+    tree: Tree | None = None,
+    buffers: str = "averaged",
+    **options: object,
+) -> LocalEngine:
+    data = clients() if data is None else data
+    tree = tree or Tree.flat(data)
+    paths = {path.rpartition("/")[2]: path for path in tree.leaves()}
+    setup = Setup(
+        Task(model or net()),
+        training or Training(lr=0.1, batch_size=3, epochs=2),
+        buffers,  # type: ignore[arg-type]
+    )
+    method.check(setup, tree.depth)
+    return LocalEngine(
+        tree,
+        {paths[name]: client for name, client in data.items()},
+        method,
+        setup,
+        seed=5,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def run(engine: LocalEngine, rounds: int = 3) -> list[RoundResult]:
+    with engine:
+        return [engine.round(number) for number in range(1, rounds + 1)]
+
+
+def everything(engine: LocalEngine, results: Iterable[RoundResult]) -> tuple[object, ...]:
+    """All that a run leaves behind, but its seconds: states bit for bit, scores, bytes."""
+    states = {path: encode(engine.state(path)) for path in engine.tree.walk()}
+    return states, [(r.number, r.visits, dict(r.scores)) for r in results]
+
+
+def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    """Tell whether two groups of tensors are equal bit for bit."""
+    return encode(State({"t": first})) == encode(State({"t": second}))

@@ -1,0 +1,148 @@
+"""The real command: what it prints, and how it ends."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hansa import demo
+from hansa.config import load
+
+HANSA = str(Path(sys.executable).with_name("hansa"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+QUICK = ["--set", "rounds=2", "--set", "training.epochs=1"]
+
+
+def hansa(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [HANSA, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_train_prints_one_json_object_and_nothing_else(tmp_path) -> None:
+    done = hansa("train", EXAMPLES / "digits-fedselect.toml", *QUICK, "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    assert result["method"] == "fedselect"
+    assert result["rounds"] == 2
+    assert result["metrics"]["accuracy"].keys() == {"mean", "std", "worst_tenth"}
+    assert result["bytes"].keys() == {"up", "down"}
+    assert result["seconds"] > 0
+    ledger = pq.read_table(tmp_path / result["run"] / "ledger.parquet")
+    assert result["bytes"]["up"] == sum(ledger["up"].to_pylist())
+
+
+def test_train_then_resume_then_report(tmp_path) -> None:
+    first = hansa("train", EXAMPLES / "digits-fedavg.toml", *QUICK, cwd=tmp_path)
+    assert first.returncode == 0
+    assert "fedavg" in first.stdout
+    run = tmp_path / "runs" / "digits-fedavg-seed0"
+    resumed = hansa("train", "--resume", run, "--set", "rounds=3", "--json", cwd=tmp_path)
+    assert json.loads(resumed.stdout)["rounds"] == 3
+    page = hansa("report", run, "--json", cwd=tmp_path)
+    assert json.loads(page.stdout) == {"report": str(run / "report.html")}
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_examples_are_the_demo_s_configurations() -> None:
+    for method in demo.METHODS:
+        assert load(EXAMPLES / f"digits-{method}.toml") == load(demo.config_of(method))
+
+
+def test_every_example_is_a_valid_configuration() -> None:
+    for path in EXAMPLES.glob("*.toml"):
+        load(path)
+
+
+def _wrong_files(folder: Path) -> None:
+    (folder / "ok.toml").write_text("rounds = 1\n[data]\nclients = 2\n")
+    (folder / "broken.toml").write_text("rounds = = 1")
+    (folder / "text.parquet").write_text("no parquet")
+    (folder / "images" / "a").mkdir(parents=True)
+    (folder / "images" / "b").mkdir()
+    for name in [f"{label}/{k}.png" for label in "ab" for k in range(8)]:
+        (folder / "images" / name).write_text("no image")
+    image = [{"bytes": b"GIF", "path": None}] * 4
+    table = pa.table({"image": image, "label": pa.array([0, 1, 7, 1])})
+    pq.write_table(table, folder / "label.parquet")
+
+
+CASES = {
+    "no configuration": ([], "CONFIG: found nothing"),
+    "missing file": (["none.toml"], "none.toml: found no such file"),
+    "no TOML": (["broken.toml"], "broken.toml: found no TOML"),
+    "unknown key": (["ok.toml", "--set", "data.client=3"], "data.client: found an unknown key"),
+    "unknown option": (["ok.toml", "--sett", "a=b"], "No such option: --sett"),
+    "negative rate": (["ok.toml", "--set", "training.lr=-0.1"], "training.lr: found -0.1; allowed"),
+    "word for a number": (["ok.toml", "--set", "rounds=many"], "rounds: found 'many'; allowed"),
+    "unknown method": (["ok.toml", "--set", "method.name=x"], "method.name: found 'x'; allowed"),
+    "option of another method": (
+        ["ok.toml", "--set", "method={name='fedavg', mu=1}"],
+        "method.mu: found an unknown key; allowed: name, weighting",
+    ),
+    "unknown source": (["ok.toml", "--set", "data.source=mnist"], "data.source: found 'mnist'"),
+    "missing data file": (
+        ["ok.toml", "--set", "data.source=parquet:none.parquet"],
+        "data.source: found no Parquet file at none.parquet",
+    ),
+    "data file of another kind": (
+        ["ok.toml", "--set", "data.source=parquet:text.parquet"],
+        "data.source text.parquet: found no Parquet",
+    ),
+    "image that is no image": (
+        ["ok.toml", "--set", "data.source=folder:images"],
+        "images/a/0.png: found something that is no image",
+    ),
+    "label outside the classes": (
+        ["ok.toml", "--set", "data={source='parquet:label.parquet', classes=['x', 'y']}"],
+        "row 2: found the label 7; allowed: a class: 0 to 1",
+    ),
+    "more clients than samples": (
+        ["ok.toml", "--set", "data.clients=2000"],
+        "data.clients: found 2000; allowed: at most the 1797 samples",
+    ),
+    "more classes than there are": (
+        ["ok.toml", "--set", "data.partition={kind='shards', classes=11}"],
+        "data.partition.classes: found 11; allowed: 1 to 10",
+    ),
+    "loss that is no number": (
+        ["ok.toml", "--set", "training={lr=1e30, epochs=2}"],
+        "training.lr: found 1e+30, with which the loss of client-0 is nan in round 1",
+    ),
+    "unknown model": (["ok.toml", "--set", "model.name=vgg"], "model.name: found 'vgg'"),
+    "option of another model": (
+        ["ok.toml", "--set", "model.options.depth=3"],
+        "model.options.depth: found an unknown option; allowed: hidden",
+    ),
+    "bundle that is none": (
+        ["ok.toml", "--set", "model.bundle=images"],
+        "images/card.json: found no such file",
+    ),
+    "run that is none": (["--resume", "images"], "images: found no run"),
+    "output that is a file": (
+        ["ok.toml", "--set", "output=ok.toml"],
+        "output: found ok.toml (Not a directory)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_input_ends_in_status_2_and_one_line(tmp_path, case: str) -> None:
+    _wrong_files(tmp_path)
+    arguments, message = CASES[case]
+    done = hansa("train", *arguments, cwd=tmp_path)
+    assert done.stderr.startswith("hansa: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_reporting_a_run_that_is_none_ends_in_status_2(tmp_path) -> None:
+    done = hansa("report", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"hansa: {tmp_path}: found no run; allowed: the folder of a run, with its config.toml\n"
+    )

@@ -1,0 +1,212 @@
+"""The train stage end to end: run folders, resuming, bundles."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import hansa
+from hansa.data.federate import federate
+from support import same
+
+HANSA = str(Path(sys.executable).with_name("hansa"))
+
+
+def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "t",
+        "output": str(tmp_path),
+        "rounds": 4,
+        "data": {
+            "clients": 4,
+            "train_per_class": 3,
+            "test_per_class": 5,
+            "partition": {"kind": "shards", "classes": 2},
+        },
+        "model": {"options": {"hidden": [8]}},
+        "training": {"lr": 0.1, "batch_size": 3},
+        "participation": {"fraction": 0.7, "failure_rate": 0.1},
+        "method": {"name": "fedselect", "rate": 0.2},
+        **changes,
+    }
+
+
+def outcome(run: hansa.Run) -> tuple[Any, ...]:
+    """All that a run leaves behind but its folder's name and its seconds."""
+    tables = {name: run.history.table(name).to_pylist() for name in ("scores", "ledger")}
+    states = {}
+    for path in sorted((run.path / "states").rglob("*.msg")):
+        states[path.relative_to(run.path)] = path.read_bytes()
+    summary = json.loads((run.path / "summary.json").read_text())
+    del summary["run"], summary["seconds"]
+    return tables, states, summary
+
+
+def test_a_run_folder_holds_configuration_tables_states_and_bundle(tmp_path) -> None:
+    run = hansa.train(config(tmp_path))
+    assert run.path == tmp_path / "t-seed0"
+    assert {path.name for path in run.path.iterdir()} == {
+        ".lock",
+        "config.toml",
+        "checkpoint.json",
+        "states",
+        "scores.parquet",
+        "ledger.parquet",
+        "rounds.parquet",
+        "summary.json",
+        "bundle",
+    }
+    again = hansa.Run(run.path)
+    assert again.config == run.config
+    assert again.round == 4
+    for name in ("scores", "ledger", "rounds"):
+        assert pq.read_table(run.path / f"{name}.parquet").equals(run.history.table(name))
+        assert again.history.table(name).equals(run.history.table(name))
+
+
+def test_only_the_newest_version_of_a_state_is_kept(tmp_path) -> None:
+    run = hansa.train(config(tmp_path))
+    for folder in (run.path / "states").iterdir():
+        assert len(list(folder.iterdir())) == 1
+
+
+def test_a_second_run_of_one_name_gets_its_own_folder(tmp_path) -> None:
+    first, second = hansa.train(config(tmp_path)), hansa.train(config(tmp_path))
+    assert second.path.name == "t-seed0-2"
+    assert outcome(first) == outcome(second)
+
+
+def test_the_fingerprint_of_the_data_is_in_the_run(tmp_path) -> None:
+    run = hansa.train(config(tmp_path))
+    data = federate(run.config.data, run.config.seed)
+    assert json.loads((run.path / "checkpoint.json").read_text())["data"] == data.fingerprint
+    assert hansa.read_bundle(run.path / "bundle").card["data"] == data.fingerprint
+
+
+def test_the_bundle_holds_the_common_model_and_starts_another_run(tmp_path) -> None:
+    first = hansa.train(config(tmp_path))
+    bundle = hansa.read_bundle(first.path / "bundle")
+    model = {"options": {"hidden": [8]}, "bundle": str(first.path / "bundle")}
+    second = hansa.train(config(tmp_path, model=model, rounds=1, training={"lr": 1e-9}))
+    child = hansa.read_bundle(second.path / "bundle")
+    assert child.lineage[0] == {"stage": "train", "digest": bundle.digest}
+    for name, tensor in bundle.weights.items():
+        torch.testing.assert_close(child.weights[name], tensor)
+
+
+def test_where_and_how_a_run_was_computed_is_not_in_its_bundle_s_digest(tmp_path) -> None:
+    digests = {
+        hansa.read_bundle(hansa.train(c).path / "bundle").digest
+        for c in (
+            config(tmp_path),
+            config(tmp_path / "b", name="other", engine={"state_memory_mb": 0}),
+        )
+    }
+    assert len(digests) == 1
+
+
+def test_local_only_ends_without_a_bundle(tmp_path) -> None:
+    run = hansa.train(config(tmp_path, method={"name": "local"}))
+    assert not (run.path / "bundle").exists()
+
+
+def test_a_finished_run_goes_on_to_more_rounds(tmp_path) -> None:
+    whole = hansa.train(config(tmp_path, rounds=5))
+    part = hansa.train(config(tmp_path, rounds=3))
+    longer = hansa.train(resume=part.path, overrides=["rounds=5"])
+    assert outcome(longer) == outcome(whole)
+    assert longer.config.rounds == hansa.Run(part.path).config.rounds == 5
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path) -> None:
+    run = hansa.train(config(tmp_path))
+    before = outcome(run)
+    assert outcome(hansa.train(resume=run.path)) == before
+
+
+def test_a_run_resumes_with_other_workers_and_not_with_another_rate(tmp_path) -> None:
+    run = hansa.train(config(tmp_path, rounds=2))
+    with pytest.raises(hansa.InputError, match=r"training\.lr: found another value"):
+        hansa.train(resume=run.path, overrides=["training.lr=0.2"])
+    with pytest.raises(hansa.InputError, match=r"rounds: found 1; allowed: at least the 2"):
+        hansa.train(resume=run.path, overrides=["rounds=1"])
+    hansa.train(resume=run.path, overrides=["engine.workers=2", "rounds=3"])
+
+
+def test_a_run_does_not_resume_on_other_data(tmp_path) -> None:
+    run = hansa.train(config(tmp_path))
+    checkpoint = json.loads((run.path / "checkpoint.json").read_text())
+    checkpoint["data"] = "0" * 64
+    (run.path / "checkpoint.json").write_text(json.dumps(checkpoint))
+    with pytest.raises(hansa.InputError, match="the run's data, 000000000000"):
+        hansa.train(resume=run.path)
+
+
+def test_a_run_under_way_is_not_joined(tmp_path) -> None:
+    run = hansa.train(config(tmp_path))
+    with (
+        run.claimed(run.config, {"data": run.checkpoint["data"]}),
+        pytest.raises(hansa.InputError, match="a run under way"),
+    ):
+        hansa.train(resume=run.path)
+
+
+def test_wrong_input_leaves_no_folder(tmp_path) -> None:
+    with pytest.raises(hansa.InputError):
+        hansa.train(config(tmp_path / "new", data={"clients": 5000}))
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_an_unfinished_round_left_behind_is_ignored(tmp_path) -> None:
+    whole = hansa.train(config(tmp_path))
+    run = hansa.train(config(tmp_path, rounds=3))
+    # As if killed in round 4: a state and a table are there, the checkpoint is not.
+    for folder in (run.path / "states").iterdir():
+        (folder / "00000004.msg").write_bytes(b"half a st")
+    (run.path / "parts").mkdir()
+    (run.path / "parts" / "00000004-scores.parquet").write_bytes(b"PAR1")
+    assert outcome(hansa.train(resume=run.path, overrides=["rounds=4"])) == outcome(whole)
+
+
+def _killed(path: Path, folder: Path, last: int, delay: float) -> int:
+    """Start a run and kill it a moment after its checkpoint of a round; return its last round."""
+    process = subprocess.Popen([HANSA, "train", str(path)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            if json.loads((folder / "checkpoint.json").read_text())["round"] >= last:
+                break
+        except FileNotFoundError:
+            pass
+        time.sleep(0.005)
+    time.sleep(delay)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    return int(json.loads((folder / "checkpoint.json").read_text())["round"])
+
+
+@pytest.mark.parametrize("draw", [0, 1, 2])
+@pytest.mark.parametrize("workers", [1])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, draw: int, workers: int) -> None:
+    rng = random.Random(draw)  # noqa: S311
+    rounds = 12
+    plan = config(tmp_path, rounds=rounds, training={"lr": 0.1, "batch_size": 3, "epochs": 40})
+    whole = hansa.train({**plan, "output": str(tmp_path / "whole")})
+    path = tmp_path / "plan.toml"
+    path.write_text(hansa.config.load(plan).as_toml())
+    last = rng.randrange(0, rounds - 2)
+    stopped = _killed(path, tmp_path / "t-seed0", last, rng.random() * 0.2)
+    assert last <= stopped < rounds
+    resumed = hansa.train(resume=tmp_path / "t-seed0")
+    assert outcome(resumed) == outcome(whole)
+    first, second = (hansa.read_bundle(r.path / "bundle").weights for r in (resumed, whole))
+    assert same(first, second)
