@@ -1,6 +1,8 @@
 """Small federations that tests share: seconds matter, so everything here is tiny."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,3 +108,23 @@ def everything(engine: LocalEngine, results: Iterable[RoundResult]) -> tuple[obj
 def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
     """Tell whether two groups of tensors are equal bit for bit."""
     return encode(State({"t": first})) == encode(State({"t": second}))
+
+
+def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    """The configuration of a small run on digits, written below ``tmp_path``."""
+    return {
+        "name": "t",
+        "output": str(tmp_path),
+        "rounds": 4,
+        "data": {
+            "clients": 4,
+            "train_per_class": 3,
+            "test_per_class": 5,
+            "partition": {"kind": "shards", "classes": 2},
+        },
+        "model": {"options": {"hidden": [8]}},
+        "training": {"lr": 0.1, "batch_size": 3},
+        "participation": {"fraction": 0.7, "failure_rate": 0.1},
+        "method": {"name": "fedselect", "rate": 0.2},
+        **changes,
+    }

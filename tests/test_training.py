@@ -16,28 +16,9 @@ import torch
 
 import hansa
 from hansa.data.federate import federate
-from support import same
+from support import config, same
 
 HANSA = str(Path(sys.executable).with_name("hansa"))
-
-
-def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "name": "t",
-        "output": str(tmp_path),
-        "rounds": 4,
-        "data": {
-            "clients": 4,
-            "train_per_class": 3,
-            "test_per_class": 5,
-            "partition": {"kind": "shards", "classes": 2},
-        },
-        "model": {"options": {"hidden": [8]}},
-        "training": {"lr": 0.1, "batch_size": 3},
-        "participation": {"fraction": 0.7, "failure_rate": 0.1},
-        "method": {"name": "fedselect", "rate": 0.2},
-        **changes,
-    }
 
 
 def outcome(run: hansa.Run) -> tuple[Any, ...]:

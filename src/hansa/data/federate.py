@@ -74,8 +74,9 @@ def federate(options: DataOptions, seed: int) -> FederatedData:
     for name, positions in dealt.items():
         rng = numpy_generator(seed, name, "split")
         splits[name] = split(source.labels, positions, shares, caps, rng)
-        for part, share in (("train", 1.0), ("test", options.test)):
-            if share and not len(splits[name][part]):
+        needed: list[Split] = ["train", "test"] if options.test else ["train"]
+        for part in needed:
+            if not len(splits[name][part]):
                 raise InputError(
                     f"data of {name}",
                     f"{len(positions)} samples, none of them left for {part}",

@@ -11,6 +11,7 @@ from hansa.errors import InputError
 from hansa.seeding import numpy_generator
 
 DIRICHLET_TRIES = 100
+_CUT_ORDER: tuple[Split, ...] = ("test", "validation", "train")
 
 
 class _Options(BaseModel):
@@ -135,7 +136,8 @@ def split(
         num_validation = min(max(1, round(shares["validation"] * len(mine))), left - 1)
         num_validation = max(0, num_validation) if shares["validation"] else 0
         cuts = np.split(mine, [num_test, num_test + num_validation])
-        for name, part in zip(("test", "validation", "train"), cuts, strict=True):
+        parts: dict[Split, Index] = dict(zip(_CUT_ORDER, cuts, strict=True))
+        for name, part in parts.items():
             splits[name].append(part[: caps[name]])
     return {name: np.sort(np.concatenate(parts)) for name, parts in splits.items()}
 

@@ -216,7 +216,7 @@ def _column(table: pa.Table, wanted: str | None, key: str, fits: Callable[[pa.Fi
 
 def _holds_images(field: pa.Field) -> bool:
     if pa.types.is_struct(field.type):
-        return field.type.get_field_index("bytes") >= 0
+        return bool(field.type.get_field_index("bytes") >= 0)
     return bool(pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))
 
 

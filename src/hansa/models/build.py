@@ -53,7 +53,7 @@ def build(
     """
     kind = BUILT_IN.get(architecture.name) or _import(architecture.name, trusted)
     try:
-        parameters = inspect.signature(kind).parameters
+        parameters = dict(inspect.signature(kind).parameters)
     except (TypeError, ValueError):
         parameters = {}
     given: dict[str, Any] = {"shape": architecture.shape, "classes": architecture.classes}

@@ -34,9 +34,11 @@ class Task:
         }
         self.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
         # Looking for ties at every call costs a tenth of a small model's step.
-        names = dict(module.named_parameters(remove_duplicate=False))
-        names |= dict(module.named_buffers(remove_duplicate=False))
-        self._tied = len(names) != len({id(tensor) for tensor in names.values()})
+        tensors = [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
+        self._tied = len(tensors) != len({id(tensor) for _, tensor in tensors})
 
     def loss(
         self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True

@@ -1,0 +1,104 @@
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import hansa
+from hansa.report import report
+from hansa.report.plots import dots, lines, size
+from support import config
+
+
+def page_of(tmp_path: Path, *methods: str) -> str:
+    runs = [hansa.train(config(tmp_path, method={"name": method}, rounds=2)) for method in methods]
+    return report(runs).read_text()
+
+
+def test_a_page_compares_runs_and_needs_nothing_from_elsewhere(tmp_path) -> None:
+    text = page_of(tmp_path, "fedavg", "fedselect")
+    assert "<title>Hansa: fedavg, fedselect</title>" in text
+    titles = re.findall(r'aria-label="([^"]*)"', text)
+    assert titles == [
+        "Test accuracy over rounds",
+        "Bytes over rounds",
+        "Personal share of every layer, fedselect",
+        "Test accuracy of every client",
+    ]
+    assert not re.search(r'(?:src|href)="(?!#)', text)
+    assert "<script" not in text
+
+
+def test_a_page_shows_the_run_s_numbers(tmp_path) -> None:
+    run = hansa.train(config(tmp_path, rounds=2))
+    text = report([run]).read_text()
+    accuracy = run.history.summary()["metrics"]["accuracy"]
+    for key in ("mean", "std", "worst_tenth"):
+        assert f"<td>{100 * accuracy[key]:.1f} %</td>" in text
+    assert f"<td>{size(run.history.summary()['bytes']['up'])}</td>" in text
+    assert run.checkpoint["data"][:16] in text
+
+
+def test_clients_that_were_absent_are_counted(tmp_path) -> None:
+    rules = {"fraction": 1.0, "failure_rate": 0.5}
+    run = hansa.train(config(tmp_path, rounds=3, participation=rules))
+    fates = run.history.table("ledger")["fate"].to_pylist()
+    text = report([run]).read_text()
+    row = f"<td>12</td><td>{fates.count('ok')}</td><td>0</td><td>{fates.count('failed')}</td>"
+    assert row in text
+    assert "Clients that were late or failed" in text
+    whole = hansa.train(config(tmp_path, rounds=1, participation={}))
+    assert "Clients that were late or failed" not in report([whole]).read_text()
+
+
+def test_two_runs_of_one_method_are_told_apart(tmp_path) -> None:
+    text = page_of(tmp_path, "fedavg", "fedavg")
+    assert "fedavg (t-seed0)" in text
+    assert "fedavg (t-seed0-2)" in text
+
+
+def test_what_a_user_wrote_is_escaped(tmp_path) -> None:
+    run = hansa.train(config(tmp_path, rounds=1))
+    object.__setattr__(run.config, "output", "<script>alert(1)</script>")
+    assert "<script>" not in report([run]).read_text()
+
+
+def test_a_run_without_a_round_is_refused(tmp_path) -> None:
+    run = hansa.Run.create(hansa.train(config(tmp_path, rounds=1)).config)
+    with pytest.raises(hansa.InputError, match="without a whole round"):
+        report([run])
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path) -> None:
+    run = hansa.train(config(tmp_path, rounds=1))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(hansa.InputError, match="no place to write"):
+        report([run], tmp_path / "file" / "page.html")
+
+
+def test_plots_are_xml_with_readable_text_in_the_page_s_colour() -> None:
+    line = lines({"a < b": [(1, 0.5), (2, 0.7)]}, title="T & U", x="round", y="accuracy")
+    dot = dots({"one": {"c0": 0.5}, "two": {"c0": 0.6, "c1": 1.0}}, title="V", x="a", y="")
+    for svg in (line, dot):
+        texts = [node.text for node in ElementTree.fromstring(svg).iter() if node.text]  # noqa: S314
+        assert any("round" in text or "c1" in text for text in texts)
+        assert "currentColor" in svg
+        assert "#010203" not in svg
+    assert "a &lt; b" in line
+
+
+def test_the_same_plot_is_the_same_text() -> None:
+    series = {"a": [(1, 0.5), (2, 0.7)]}
+    options = {"title": "T", "x": "round", "y": "accuracy"}
+    assert lines(series, **options) == lines(series, **options)
+
+
+@pytest.mark.parametrize(
+    ("num", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (2_500_000, "2.50 MB")]
+)
+def test_sizes_are_decimal(num: int, text: str) -> None:
+    assert size(num) == text
+
+
+def test_a_size_beyond_megabytes_is_in_gigabytes() -> None:
+    assert size(3.2e12) == "3200.00 GB"
