@@ -109,6 +109,21 @@ def test_tied_parameters_get_the_gradient_of_both_places() -> None:
     torch.testing.assert_close(gradients["first.weight"], module.first.weight.grad)
 
 
+def test_a_layer_used_twice_counts_once_and_sees_both_inputs() -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    module = nn.Sequential(layer, nn.Tanh(), layer)
+    task, batch = Task(module), flat_batch(classes=3)
+    gradients, buffers, _ = task.gradients(task.params, task.buffers, batch)
+    F.cross_entropy(module(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+    assert gradients.keys() == {"0.0.weight", "0.0.bias", "0.1.weight", "0.1.bias"}
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    assert buffers["0.1.num_batches_tracked"].item() == 2
+    for name, buffer in module.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer)
+
+
 def test_frozen_parameters_do_not_travel() -> None:
     module = Spare()
     module.used.bias.requires_grad_(False)
