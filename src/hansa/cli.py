@@ -135,8 +135,10 @@ def _watch(progress: Progress, label: str) -> Any:
     def watch(run: Any, result: Any) -> None:
         if not tasks:
             tasks.append(progress.add_task(label, total=run.config.rounds, note=""))
-        scored = run.history.scored("test", "accuracy").get(result.number)
-        note = f"accuracy {sum(scored.values()) / len(scored):.3f}" if scored else ""
+        tested = [
+            scores["test"]["accuracy"] for scores in result.scores.values() if "test" in scores
+        ]
+        note = f"accuracy {sum(a / n for a, n in tested) / len(tested):.3f}" if tested else ""
         progress.update(tasks[0], completed=result.number, note=note)
 
     return watch

@@ -258,6 +258,19 @@ def test_the_cache_holds_the_states_used_last_up_to_its_size(tmp_path: Path) -> 
         store.get("b")
 
 
+def test_a_large_state_takes_the_place_of_as_many_small_ones_as_it_needs(tmp_path: Path) -> None:
+    small, large = encoded_size(state(1)), encoded_size(state(3, 100))
+    store = DiskStore(tmp_path, cache_bytes=small + large - 1)
+    store.put("a", state(1))
+    store.put("b", state(2))
+    store.put("c", state(3, 100))
+    damage(tmp_path)
+    assert value(store, "c") == 3
+    for key in "ab":
+        with pytest.raises(InputError):
+            store.get(key)
+
+
 def test_putting_a_key_again_takes_room_in_the_cache_once(tmp_path: Path) -> None:
     size = encoded_size(state(1))
     store = DiskStore(tmp_path, cache_bytes=2 * size)

@@ -285,6 +285,12 @@ def test_encoding_leaves_the_tensors_as_they_were_and_decoding_shares_nothing() 
     assert decode(data).groups["m"]["t"].tolist() == [1.0, 0.0, -2.0]
 
 
+def test_decoded_tensors_are_aligned_as_pytorch_aligns_its_own() -> None:
+    group = {str(k): torch.ones(k) for k in range(1, 40)}
+    again = decode(encode(Message({"m": group}))).groups["m"]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in again.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e4m3fn], ids=str)
 def test_encoding_refuses_other_dtypes_and_names_the_tensor(dtype: torch.dtype) -> None:
     for call in (encode, encoded_size):
@@ -579,8 +585,9 @@ LIES: dict[str, bytes] = {
     "form for the metadata": build({}, forms={"__metadata__": GAPS}),
     "form of a dense tensor": build({"m/t": F32}, bytes(8), forms={"m/t": GAPS}),
     "form of bytes in two dimensions": build(
-        {"m/t": entry("U8", [1, 5], 0, 5)}, bytes(5), forms={"m/t": GAPS}
+        {"m/t": entry("U8", [5, 1], 0, 5)}, bytes(5), forms={"m/t": GAPS}
     ),
+    "form of signed bytes": build({"m/t": entry("I8", [5], 0, 5)}, bytes(5), forms={"m/t": GAPS}),
     "metric a number": build({}, metrics={"loss": 3}),
     "metric of three": build({}, metrics={"loss": [1, 2, 3]}),
     "metric of one": build({}, metrics={"loss": [1]}),

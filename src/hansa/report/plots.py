@@ -59,7 +59,7 @@ def dots(values: Mapping[str, Mapping[str, float]], *, title: str, x: str, y: st
     for k, (name, row) in enumerate(values.items()):
         axes.plot(
             [row[c] for c in clients if c in row],
-            [clients.index(c) for c in clients if c in row],
+            [clients.index(c) + 0.14 * (k - (len(values) - 1) / 2) for c in clients if c in row],
             label=name,
             linestyle="",
             marker=MARKERS[k % len(MARKERS)],
