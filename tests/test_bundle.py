@@ -30,7 +30,7 @@ def write(path: Path, **changes: Any) -> Bundle:
 def digest_of(path: Path) -> str | None:
     """Return the digest that a reader sees, None if it refuses the bundle."""
     try:
-        return bundle.read(path).digest
+        return bundle.read_bundle(path).digest
     except InputError:
         return None
 
@@ -43,7 +43,7 @@ def test_a_bundle_comes_back_as_it_was_written(tmp_path: Path) -> None:
         "count": torch.tensor(5),
     }
     write(tmp_path / "b", weights=weights)
-    back = bundle.read(tmp_path / "b")
+    back = bundle.read_bundle(tmp_path / "b")
     assert back.weights.keys() == weights.keys()
     for name, tensor in weights.items():
         assert back.weights[name].dtype == tensor.dtype
@@ -68,7 +68,7 @@ def test_the_card_tells_where_the_model_comes_from(tmp_path: Path) -> None:
 
 
 def test_writing_returns_what_reading_returns(tmp_path: Path) -> None:
-    written, back = write(tmp_path / "b"), bundle.read(tmp_path / "b")
+    written, back = write(tmp_path / "b"), bundle.read_bundle(tmp_path / "b")
     assert (written.digest, written.card) == (back.digest, back.card)
 
 
@@ -115,8 +115,8 @@ def test_the_digest_depends_on_the_parent(tmp_path: Path) -> None:
 def test_lineage_names_every_stage_oldest_first(tmp_path: Path) -> None:
     search = write(tmp_path / "1", stage="search")
     train = write(tmp_path / "2", stage="train", parent=search)
-    prune = write(tmp_path / "3", stage="prune", parent=bundle.read(tmp_path / "2"))
-    assert bundle.read(tmp_path / "3").lineage == [
+    prune = write(tmp_path / "3", stage="prune", parent=bundle.read_bundle(tmp_path / "2"))
+    assert bundle.read_bundle(tmp_path / "3").lineage == [
         {"stage": "search", "digest": search.digest},
         {"stage": "train", "digest": train.digest},
         {"stage": "prune", "digest": prune.digest},
@@ -152,7 +152,7 @@ def test_a_changed_file_is_named(tmp_path: Path) -> None:
     write(tmp_path / "b")
     (tmp_path / "b" / WEIGHTS).write_bytes(b"other")
     with pytest.raises(InputError, match=r"weights\.safetensors: found content that differs"):
-        bundle.read(tmp_path / "b")
+        bundle.read_bundle(tmp_path / "b")
 
 
 def test_a_file_exchanged_together_with_its_digest_changes_the_bundles_digest(
@@ -172,7 +172,7 @@ def test_a_file_that_the_card_does_not_name_is_refused(tmp_path: Path, name: str
     write(tmp_path / "b")
     (tmp_path / "b" / name).write_text("")
     with pytest.raises(InputError, match="a file that the card does not name") as caught:
-        bundle.read(tmp_path / "b")
+        bundle.read_bundle(tmp_path / "b")
     assert caught.value.key == str(tmp_path / "b" / name)
 
 
@@ -181,14 +181,14 @@ def test_masks_that_the_card_does_not_name_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "b", masks=None)
     shutil.copy(tmp_path / "a" / MASKS, tmp_path / "b" / MASKS)
     with pytest.raises(InputError, match="a file that the card does not name"):
-        bundle.read(tmp_path / "b")
+        bundle.read_bundle(tmp_path / "b")
 
 
 def test_a_folder_inside_a_bundle_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "b")
     (tmp_path / "b" / "inner").mkdir()
     with pytest.raises(InputError, match="a file that the card does not name"):
-        bundle.read(tmp_path / "b")
+        bundle.read_bundle(tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", [CARD, ARCHITECTURE, WEIGHTS, MASKS])
@@ -196,7 +196,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     write(tmp_path / "b")
     (tmp_path / "b" / name).unlink()
     with pytest.raises(InputError, match="no such file") as caught:
-        bundle.read(tmp_path / "b")
+        bundle.read_bundle(tmp_path / "b")
     assert caught.value.key == str(tmp_path / "b" / name)
 
 
@@ -204,7 +204,7 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "nowhere"):
         with pytest.raises(InputError, match="no such file"):
-            bundle.read(path)
+            bundle.read_bundle(path)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_card_of_another_form_is_refused(tmp_path: Path, change: dict[str, Any
     card = {**write(tmp_path / "b").card, **change}
     (tmp_path / "b" / CARD).write_text(json.dumps(card))
     with pytest.raises(InputError) as caught:
-        bundle.read(tmp_path / "b")
+        bundle.read_bundle(tmp_path / "b")
     assert caught.value.key == str(tmp_path / "b" / CARD)
 
 
@@ -234,7 +234,7 @@ def test_a_card_that_lacks_a_key_is_refused(tmp_path: Path, key: str) -> None:
     del card[key]
     (tmp_path / "b" / CARD).write_text(json.dumps(card))
     with pytest.raises(InputError) as caught:
-        bundle.read(tmp_path / "b")
+        bundle.read_bundle(tmp_path / "b")
     assert caught.value.key == str(tmp_path / "b" / CARD)
 
 
@@ -243,7 +243,7 @@ def test_a_card_that_is_no_card_is_refused(tmp_path: Path, text: str) -> None:
     write(tmp_path / "b")
     (tmp_path / "b" / CARD).write_text(text, encoding="latin-1")
     with pytest.raises(InputError, match="no card of a bundle"):
-        bundle.read(tmp_path / "b")
+        bundle.read_bundle(tmp_path / "b")
 
 
 def test_weights_are_written_whatever_their_order_in_memory(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_weights_that_share_memory_are_written(tmp_path: Path) -> None:
 def test_a_bundle_replaces_an_older_one_whole(tmp_path: Path) -> None:
     old = write(tmp_path / "b")
     new = write(tmp_path / "b", seed=8, masks=None)
-    assert bundle.read(tmp_path / "b").digest == new.digest != old.digest
+    assert bundle.read_bundle(tmp_path / "b").digest == new.digest != old.digest
     assert new.masks == {}
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
@@ -273,7 +273,7 @@ def test_a_write_that_fails_leaves_the_older_bundle(tmp_path: Path) -> None:
     old = write(tmp_path / "b")
     with pytest.raises(TypeError):
         write(tmp_path / "b", metrics={"accuracy": object()})
-    assert bundle.read(tmp_path / "b").digest == old.digest
+    assert bundle.read_bundle(tmp_path / "b").digest == old.digest
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 

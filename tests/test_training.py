@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import hansa
+from hansa.config import load
 from hansa.data.federate import federate
 from support import config, same
 
@@ -183,7 +184,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, draw: int, workers: int
     plan = config(tmp_path, rounds=rounds, training={"lr": 0.1, "batch_size": 3, "epochs": 40})
     whole = hansa.train({**plan, "output": str(tmp_path / "whole")})
     path = tmp_path / "plan.toml"
-    path.write_text(hansa.config.load(plan).as_toml())
+    path.write_text(load(plan).as_toml())
     last = rng.randrange(0, rounds - 2)
     stopped = _killed(path, tmp_path / "t-seed0", last, rng.random() * 0.2)
     assert last <= stopped < rounds

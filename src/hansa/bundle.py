@@ -125,10 +125,10 @@ def write(
         shutil.rmtree(path)
     beside.replace(path)
     sync_folder(path.parent)
-    return read(path)
+    return read_bundle(path)
 
 
-def read(path: Path) -> Bundle:
+def read_bundle(path: Path) -> Bundle:
     """Read a bundle and verify it.
 
     Raises:

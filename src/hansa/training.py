@@ -44,7 +44,7 @@ def train(
     """
     wanted, run = _open(config, overrides, resume)
     data = federate(wanted.data, wanted.seed)
-    parent = bundle.read(Path(wanted.model.bundle)) if wanted.model.bundle else None
+    parent = bundle.read_bundle(Path(wanted.model.bundle)) if wanted.model.bundle else None
     architecture = Architecture(
         name=wanted.model.name,
         options=wanted.model.options,
@@ -54,8 +54,6 @@ def train(
     model = build(architecture, wanted.seed)
     if parent is not None:
         _take_weights(model, parent, wanted)
-    if wanted.tree.federations > len(data.clients):
-        raise InputError("tree.federations", wanted.tree.federations, f"1 to {len(data.clients)}")
     federation = Federation(
         model,
         data.clients,

@@ -196,6 +196,18 @@ def test_the_fingerprint_sees_a_pixel_a_label_and_a_split(tmp_path: Path) -> Non
     assert len(others) == 6
 
 
+def test_the_fingerprint_sees_which_samples_a_split_holds(tmp_path: Path) -> None:
+    table = rows([0, 1] * 10, [flat(k) for k in range(20)], site=["a"] * 20)
+    options: dict[str, Any] = {"group_column": "site", "partition": {"kind": "group"}}
+    first, other = (of_rows(tmp_path, table, seed=seed, **options) for seed in (0, 1))
+    assert torch.equal(pool(first), pool(other))
+    assert held(first)["0-a"] != held(other)["0-a"]
+    assert [len(part) for part in held(first)["0-a"].values()] == [
+        len(part) for part in held(other)["0-a"].values()
+    ]
+    assert first.fingerprint != other.fingerprint
+
+
 def test_the_fingerprint_is_of_samples_and_not_of_files(tmp_path: Path) -> None:
     whole = rows([0, 1] * 6, [flat(k) for k in range(12)])
     one = of_rows(tmp_path / "one", whole, clients=2)

@@ -82,6 +82,7 @@ def test_no_sample_is_dealt_twice(
     assert len(dealt) == clients
     assert all(len(part) for part in dealt.values())
     assert len(set(found)) == len(found)
+    assert all(part.tolist() == sorted(part.tolist()) for part in dealt.values())
     assert set(found) <= set(range(len(labels)))
     if not isinstance(kind, Shards):
         assert len(found) == len(labels)

@@ -112,7 +112,7 @@ def decode(data: bytes, max_bytes: int = MAX_BYTES) -> Message:
     _check_declared(about, len(body), max_bytes)
     try:
         stored = safetensors.torch.load(body)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, OverflowError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise MessageError(f"malformed tensors: {error}") from error
     forms = about["forms"]
     if not forms.keys() <= stored.keys():

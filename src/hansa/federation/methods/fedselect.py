@@ -145,7 +145,8 @@ class FedSelect(Method):
         last value.
         """
         like = state.group("model")
-        sums = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in like.items()}
+        # -0.0 is what adds nothing to any number, 0.0 included.
+        sums = {n: torch.full_like(t, -0.0, dtype=torch.float64) for n, t in like.items()}
         counts = {name: torch.zeros_like(t, dtype=torch.int64) for name, t in like.items()}
         buffers = WeightedMean()
         metrics: dict[str, tuple[float, float]] = {}
