@@ -142,6 +142,17 @@ def test_a_run_under_way_is_not_joined(tmp_path) -> None:
         hansa.train(resume=run.path)
 
 
+def test_a_run_that_went_on_after_it_was_opened_is_not_written(tmp_path) -> None:
+    run = hansa.train(config(tmp_path, rounds=2))
+    opened = hansa.Run(run.path)
+    hansa.train(resume=run.path, overrides=["rounds=3"])
+    with (
+        pytest.raises(hansa.InputError, match="went on meanwhile"),
+        opened.claimed(run.config, {"data": run.checkpoint["data"]}),
+    ):
+        pass
+
+
 def test_wrong_input_leaves_no_folder(tmp_path) -> None:
     with pytest.raises(hansa.InputError):
         hansa.train(config(tmp_path / "new", data={"clients": 5000}))

@@ -55,10 +55,8 @@ class Run:
         if not (path / "config.toml").is_file():
             raise InputError(str(path), "no run", "the folder of a run, with its config.toml")
         self.config = load(path / "config.toml")
-        self.checkpoint: dict[str, Any] = {"round": 0}
         try:
-            if (path / "checkpoint.json").exists():
-                self.checkpoint = json.loads((path / "checkpoint.json").read_text())
+            self.checkpoint = self._read_checkpoint()
             self.history = History(self._tables())
         except (ValueError, KeyError, pa.ArrowException, OSError) as error:
             raise InputError(str(path), f"a damaged run ({error})", "a whole run") from error
@@ -105,6 +103,8 @@ class Run:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise InputError(str(self.path), "a run under way", "an idle run") from error
+            if self._read_checkpoint() != self.checkpoint:
+                raise InputError(str(self.path), "a run that went on meanwhile", "another try")
             began = self.checkpoint.get("data", facts["data"])
             if began != facts["data"]:
                 raise InputError(
@@ -148,6 +148,13 @@ class Run:
         }
         write_atomic(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
+
+    def _read_checkpoint(self) -> dict[str, Any]:
+        try:
+            checkpoint: dict[str, Any] = json.loads((self.path / "checkpoint.json").read_text())
+        except FileNotFoundError:
+            return {"round": 0}
+        return checkpoint
 
     def _write_checkpoint(self) -> None:
         write_atomic(self.path / "checkpoint.json", json.dumps(self.checkpoint, indent=2) + "\n")

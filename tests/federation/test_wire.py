@@ -772,3 +772,14 @@ def test_any_bytes_behind_a_prefix_that_fits_are_refused() -> None:
     for length, _ in product(range(60), range(5)):
         with pytest.raises(MessageError):
             decode(seal(rng.randbytes(length)))
+
+
+@pytest.mark.parametrize("value", [None, 1 << 63, -(10**400), [1], b"x"])
+def test_a_scalar_of_another_kind_is_not_encoded(value: object) -> None:
+    with pytest.raises(MessageError, match="scalar 'weight'"):
+        encode(Message(scalars={"weight": value}))  # type: ignore[dict-item]
+
+
+def test_a_metric_of_more_than_64_bits_is_not_encoded() -> None:
+    with pytest.raises(MessageError, match="metric 'loss'"):
+        encode(Message(metrics={"loss": (10**400, 1)}))

@@ -72,7 +72,7 @@ def encode(message: Message) -> bytes:
     """Return the message as bytes. Equal messages give equal bytes.
 
     Raises:
-        MessageError: a dtype outside the encoding, a group name with odd characters, or a tensor
+        MessageError: a dtype outside the encoding, a scalar or metric of another kind, a group name with odd characters, or a tensor
             name without a UTF-8 form.
     """
     parts = _parts(message)
@@ -208,14 +208,13 @@ def _width(largest: int) -> int:
 
 
 def _header(message: Message, parts: list[_Part]) -> bytes:
-    about = _json(
-        {
-            "forms": {part.key: part.form for part in parts if part.form},
-            "metrics": {name: list(pair) for name, pair in message.metrics.items()},
-            "scalars": dict(message.scalars),
-        }
-    )
-    header: dict[str, Any] = {"__metadata__": {"hansa": about}}
+    about = {
+        "forms": {part.key: part.form for part in parts if part.form},
+        "metrics": {name: list(pair) for name, pair in message.metrics.items()},
+        "scalars": dict(message.scalars),
+    }
+    _check_facts(about)
+    header: dict[str, Any] = {"__metadata__": {"hansa": _json(about)}}
     offset = 0
     for part in parts:
         end = offset + part.size
@@ -269,18 +268,24 @@ def _about(body: bytes) -> dict[str, Any]:
     for part in ("forms", "metrics", "scalars"):
         if not isinstance(about.get(part), dict):
             raise MessageError(f"the header's {part!r} is no object")
+    _check_facts(about)
+    return about
+
+
+def _check_facts(about: dict[str, Any]) -> None:
     for name, pair in about["metrics"].items():
         numbers = isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair))
         if not numbers:
             raise MessageError(f"metric {name!r} is no pair of numbers")
     for name, value in about["scalars"].items():
-        if not isinstance(value, bool | int | float | str):
+        if not (isinstance(value, bool | str) or _is_number(value)):
             raise MessageError(f"scalar {name!r} is no scalar")
-    return about
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # Whole numbers of more than 64 bits would not fit the floats that they are summed in.
+    is_int = type(value) is int and abs(value) < 1 << 63
+    return is_int or isinstance(value, float)
 
 
 def _check_declared(about: dict[str, Any], held: int, max_bytes: int) -> None:
