@@ -136,7 +136,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 
 GROUPS = st.text("abz019_.-", min_size=1, max_size=8)
 TEXT = st.text(max_size=8) | st.sampled_from(["layer/0.weight", "..", "\"\\'", "é\U0001f41d", "\0"])
-SCALARS = st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | TEXT
+SCALARS = st.booleans() | st.integers(1 - 2**63, 2**63 - 1) | st.floats(allow_nan=False) | TEXT
 FLOATS = st.floats(allow_nan=False)
 MESSAGES = st.builds(
     Message,

@@ -72,8 +72,8 @@ def encode(message: Message) -> bytes:
     """Return the message as bytes. Equal messages give equal bytes.
 
     Raises:
-        MessageError: a dtype outside the encoding, a scalar or metric of another kind, a group name with odd characters, or a tensor
-            name without a UTF-8 form.
+        MessageError: a dtype outside the encoding, a scalar or metric of another kind, a group
+            name with odd characters, or a tensor name without a UTF-8 form.
     """
     parts = _parts(message)
     body = b"".join([_header(message, parts), *(part.data() for part in parts)])
