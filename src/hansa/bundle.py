@@ -100,10 +100,10 @@ def write(
         raise InputError(str(path), "a file or folder that is no bundle", "a new path")
     files = {
         ARCHITECTURE: _json(architecture),
-        WEIGHTS: safetensors.torch.save({n: t.detach().clone() for n, t in weights.items()}),
+        WEIGHTS: _tensors(weights),
     }
     if masks:
-        files[MASKS] = safetensors.torch.save({n: t.detach().clone() for n, t in masks.items()})
+        files[MASKS] = _tensors(masks)
     card = {
         "format": FORMAT,
         "stage": stage,
@@ -139,7 +139,12 @@ def read_bundle(path: Path) -> Bundle:
         card = json.loads(card_bytes)
         known = card["format"] == FORMAT
         files = card["files"]
-        complete = {ARCHITECTURE, WEIGHTS} <= set(files) <= {ARCHITECTURE, WEIGHTS, MASKS}
+        complete = isinstance(files, dict)
+        complete = complete and {ARCHITECTURE, WEIGHTS} <= set(files) <= {
+            ARCHITECTURE,
+            WEIGHTS,
+            MASKS,
+        }
         complete = complete and isinstance(card["lineage"], list) and "stage" in card
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(str(path / CARD), "no card of a bundle", "a bundle") from error
@@ -166,6 +171,16 @@ def _bytes(path: Path, name: str) -> bytes:
         return (path / name).read_bytes()
     except OSError as error:
         raise InputError(str(path / name), "no such file", "a bundle's folder") from error
+
+
+def _tensors(tensors: Tensors) -> bytes:
+    # Copies, since the format takes neither tied nor strided tensors.
+    copies = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    data: bytes = safetensors.torch.save(copies)
+    return data
 
 
 def _json(value: object) -> bytes:

@@ -9,14 +9,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from hansa.errors import InputError
 
@@ -40,9 +40,9 @@ class SourceOptions(BaseModel):
     """Column that says to whom a sample belongs (writer, site), for the partition by group."""
     classes: tuple[str, ...] | None = Field(None, min_length=2)
     """Names of the classes in the order of their numbers; by default as the source says."""
-    size: tuple[int, int] | None = None
+    size: tuple[PositiveInt, PositiveInt] | None = None
     """Height and width that images are resized to; by default all must have one size."""
-    channels: int | None = Field(None, ge=1, le=3)
+    channels: Literal[1, 3] | None = None
     """1 for grey, 3 for colour; by default as the first image."""
     hub_split: str = "train"
     """Split of a hub data set."""
@@ -101,10 +101,8 @@ def _parquet(path: str, options: SourceOptions) -> Source:
     place = Path(path)
     if place.is_dir():
         files = sorted(place.rglob("*.parquet"))
-    elif any(mark in path for mark in "*?["):
-        files = sorted(place.parent.glob(place.name))
     else:
-        files = [place] if place.is_file() else []
+        files = [place] if place.is_file() else sorted(place.parent.glob(place.name))
     if not files:
         raise InputError("data.source", f"no Parquet file at {path}", "a file, folder or pattern")
     tables = []
@@ -138,30 +136,39 @@ def _hub(name: str, options: SourceOptions) -> Source:
             f"'hub:{name}' that could not be loaded ({reason})",
             "a data set that the hub has and this machine reaches, or parquet:PATH",
         ) from error
-    return _table(f"hub:{name}", loaded.with_format("arrow")[:], options)
+    return _table(f"hub:{name}", loaded.with_format("arrow")[:], options, open_paths=True)
 
 
-def _table(name: str, table: pa.Table, options: SourceOptions) -> Source:
-    """Read the columns of the Hugging Face layout: an image struct with bytes, and a label."""
+def _table(name: str, table: pa.Table, options: SourceOptions, open_paths: bool = False) -> Source:
+    """Read the columns of the Hugging Face layout: an image struct with bytes, and a label.
+
+    A struct may name a file instead of holding its bytes. That is followed only where the hub's
+    library put the path there, never where a file from elsewhere did.
+    """
     images = _column(table, options.image_column, "image_column", _holds_images)
     labels = _column(
-        table, options.label_column, "label_column", lambda f: f.name in _LABELS and _is_label(f)
+        table, options.label_column, "label_column", _is_label, lambda f: f.name in _LABELS
     )
-    bytes_ = table.column(images).combine_chunks()
-    if pa.types.is_struct(bytes_.type):
-        bytes_ = bytes_.field("bytes")
+    held = table.column(images).combine_chunks()
+    is_struct = pa.types.is_struct(held.type)
+    paths = held.field("path") if is_struct and held.type.get_field_index("path") >= 0 else None
+    bytes_ = held.field("bytes") if is_struct else held
     declared = options.classes or _declared_classes(table.schema, labels)
     numbers, classes = _numbers(name, table.column(labels).to_pylist(), declared)
     groups = None
     if options.group_column is not None:
-        column = _column(table, options.group_column, "group_column", lambda f: False)
+        column = _column(table, options.group_column, "group_column", _is_label)
         groups = [str(value) for value in table.column(column).to_pylist()]
 
     def read(index: Index) -> torch.Tensor:
-        rows = ((f"{name} row {row}", bytes_[row].as_py()) for row in index.tolist())
-        return _stack(
-            [(place, _decode(place, data, options.channels)) for place, data in rows], options
-        )
+        images = []
+        for row in index.tolist():
+            data = bytes_[row].as_py()
+            if data is None and open_paths and paths is not None and paths[row].is_valid:
+                data = Path(paths[row].as_py()).read_bytes()
+            place = f"{name} row {row}"
+            images.append((place, _decode(place, data, options.channels)))
+        return _stack(images, options)
 
     return Source(name, numbers, classes, groups, read)
 
@@ -203,15 +210,20 @@ _KINDS: dict[str, Callable[[str, SourceOptions], Source]] = {
 _LABELS = ("label", "labels", "fine_label")
 
 
-def _column(table: pa.Table, wanted: str | None, key: str, fits: Callable[[pa.Field], bool]) -> str:
-    names = list(table.schema.names)
-    if wanted is not None and wanted in names:
-        return wanted
-    found = next((field.name for field in table.schema if fits(field)), None)
-    if wanted is not None or found is None:
-        what = f"the column {wanted!r}" if wanted is not None else "no such column"
-        raise InputError(f"data.{key}", what, f"one of the columns {', '.join(names)}")
-    return str(found)
+def _column(
+    table: pa.Table,
+    wanted: str | None,
+    key: str,
+    fits: Callable[[pa.Field], bool],
+    is_usual: Callable[[pa.Field], bool] = lambda field: True,
+) -> str:
+    """Return the wanted column, or the first usual one, that is of a fitting type."""
+    for field in table.schema:
+        if fits(field) and (is_usual(field) if wanted is None else field.name == wanted):
+            return str(field.name)
+    what = f"the column {wanted!r}" if wanted is not None else "no such column"
+    names = ", ".join(table.schema.names)
+    raise InputError(f"data.{key}", what, f"one of the columns {names}")
 
 
 def _holds_images(field: pa.Field) -> bool:
@@ -221,7 +233,8 @@ def _holds_images(field: pa.Field) -> bool:
 
 
 def _is_label(field: pa.Field) -> bool:
-    return bool(pa.types.is_integer(field.type) or pa.types.is_string(field.type))
+    kinds = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
+    return any(kind(field.type) for kind in kinds)
 
 
 def _declared_classes(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
@@ -237,12 +250,13 @@ def _numbers(
     name: str, values: list[Any], declared: tuple[str, ...] | None
 ) -> tuple[Index, tuple[str, ...]]:
     """Return class numbers and class names, every label checked against the classes."""
-    if all(isinstance(value, int) for value in values):
-        classes = declared or tuple(str(k) for k in range(max(values, default=-1) + 1))
+    known = [value for value in values if value is not None]
+    if all(isinstance(value, int) for value in known):
+        classes = declared or tuple(str(k) for k in range(max(known, default=-1) + 1))
         allowed = f"0 to {len(classes) - 1}"
         table: dict[Any, int] = {k: k for k in range(len(classes))}
     else:
-        classes = declared or tuple(sorted({str(value) for value in values}))
+        classes = declared or tuple(sorted({str(value) for value in known}))
         allowed = ", ".join(classes)
         table = {label: k for k, label in enumerate(classes)}
     for row, value in enumerate(values):
@@ -255,14 +269,18 @@ def _numbers(
 
 def _decode(place: str, data: bytes | None, channels: int | None) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data or b""))
+        image: Image.Image = Image.open(io.BytesIO(data or b""))
         image.load()
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise InputError(
             place, "something that is no image", "an image file such as PNG or JPEG"
         ) from error
+    except Image.DecompressionBombError as error:
+        raise InputError(place, f"too large an image ({error})", "a smaller image") from error
+    if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off instead of scale
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if channels is None:
-        channels = 1 if image.mode in ("1", "L", "LA", "I", "I;16") else 3
+        channels = 1 if image.mode in ("1", "L", "LA") else 3
     return image.convert("L" if channels == 1 else "RGB")
 
 

@@ -65,13 +65,14 @@ def build(
     try:
         with global_stream(seed, "model"):
             model = kind(**arguments, **architecture.options)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            # Within the stream, since lazy layers draw their values on the first input.
+            check_output(model, architecture)
+    except InputError:
+        raise
+    except Exception as error:  # a constructor may raise anything
         raise InputError(
             "model.options", f"options that {architecture.name} refuses ({error})", "its arguments"
         ) from error
-    if not isinstance(model, nn.Module):
-        raise InputError("model.name", architecture.name, "a subclass of torch.nn.Module")
-    check_output(model, architecture)
     return model
 
 
@@ -79,8 +80,10 @@ def check_output(model: nn.Module, architecture: Architecture) -> None:
     """Try the model on two empty inputs.
 
     Raises:
-        InputError: it fails on them or does not return [2, classes].
+        InputError: it is no module, fails on them, or does not return [2, classes].
     """
+    if not isinstance(model, nn.Module):
+        raise InputError("model.name", architecture.name, "a subclass of torch.nn.Module")
     was = model.training
     model.eval()
     try:
@@ -116,7 +119,7 @@ def _import(name: str, trusted: Collection[str] | None) -> type[nn.Module]:
         sys.path.append(here)
     try:
         kind = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError("model.name", f"{name!r} ({error})", allowed) from error
     if not callable(kind):
         raise InputError("model.name", f"{name!r}, which cannot be called", allowed)

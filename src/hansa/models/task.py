@@ -33,12 +33,7 @@ class Task:
             if parameter.requires_grad
         }
         self.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-        # Looking for ties at every call costs a tenth of a small model's step.
-        tensors = [
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        ]
-        self._tied = len(tensors) != len({id(tensor) for _, tensor in tensors})
+        self._aliases = _aliases(module)
 
     def loss(
         self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True
@@ -60,7 +55,10 @@ class Task:
         if self.module.training is not training:
             self.module.train(training)
         tensors = {**params, **buffers}
-        logits = functional_call(self.module, tensors, (inputs,), tie_weights=self._tied)
+        tensors |= {name: tensors[n] for name, n in self._aliases.items() if n in tensors}
+        # Ties are resolved above, once: PyTorch would look for them at every call, and leaves
+        # these tensors in a module that is used in two places.
+        logits = functional_call(self.module, tensors, (inputs,), tie_weights=False)
         loss = F.cross_entropy(logits, labels)
         correct = (logits.detach().argmax(1) == labels).sum()
         count = len(labels)
@@ -102,3 +100,17 @@ class Task:
             for name, value in [*params.items(), *buffers.items()]:
                 state[name].copy_(value)
         return module.eval()
+
+
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """Return the further names of tied tensors, each with the name that the tensor goes by."""
+    known: dict[int, str] = {}
+    aliases = {}
+    for path, owner in module.named_modules():
+        for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+            if tensor is not None:
+                full = f"{path}.{name}" if path else name
+                first = known.setdefault(id(tensor), full)
+                if first != full:
+                    aliases[full] = first
+    return aliases
