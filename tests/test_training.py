@@ -170,6 +170,17 @@ def test_what_an_unfinished_round_left_behind_is_ignored(tmp_path) -> None:
     assert outcome(hansa.train(resume=run.path, overrides=["rounds=4"])) == outcome(whole)
 
 
+def test_a_run_killed_while_its_tables_were_gathered_is_whole(tmp_path, monkeypatch) -> None:
+    whole = hansa.train(config(tmp_path, rounds=5))
+    run = hansa.train(config(tmp_path, rounds=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(hansa.Run, "finish", lambda run, common: {})
+        longer = hansa.train(resume=run.path, overrides=["rounds=5"])
+    # The first of three tables is the new one, the others are those of three rounds.
+    pq.write_table(longer.history.table("scores"), run.path / "scores.parquet")
+    assert outcome(hansa.train(resume=run.path)) == outcome(whole)
+
+
 def _killed(path: Path, folder: Path, last: int, delay: float) -> int:
     """Start a run and kill it a moment after its checkpoint of a round; return its last round."""
     process = subprocess.Popen([HANSA, "train", str(path)], stderr=subprocess.DEVNULL)

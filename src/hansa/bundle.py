@@ -18,7 +18,6 @@ files and of the ancestors, it vouches for the whole line. Nothing in a bundle i
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -116,7 +115,7 @@ def write(
     }
     files[CARD] = _json(card)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     for name, content in files.items():
@@ -146,7 +145,7 @@ def read_bundle(path: Path) -> Bundle:
             MASKS,
         }
         complete = complete and isinstance(card["lineage"], list) and "stage" in card
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(str(path / CARD), "no card of a bundle", "a bundle") from error
     if not (known and complete):
         raise InputError(str(path / CARD), "another format", f"format {FORMAT}")
@@ -161,7 +160,7 @@ def read_bundle(path: Path) -> Bundle:
         weights = safetensors.torch.load(content[WEIGHTS])
         masks = safetensors.torch.load(content[MASKS]) if MASKS in content else {}
         architecture = json.loads(content[ARCHITECTURE])
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(str(path), f"unreadable content ({error})", "a bundle") from error
     return Bundle(weights, architecture, masks, card, hashlib.sha256(card_bytes).hexdigest())
 

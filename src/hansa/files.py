@@ -10,7 +10,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     The content reaches the disk before the name does: write beside it, sync, rename, sync folder.
     """
     data = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")
     try:
         with beside.open("wb") as file:
             file.write(data)

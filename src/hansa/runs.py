@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hansa import bundle
@@ -137,7 +138,7 @@ class Run:
 
     def finish(self, common: bundle.Bundle | None) -> dict[str, Any]:
         """Gather the tables into one file each, and write and return the summary."""
-        for name in SCHEMAS:
+        for name in SCHEMAS:  # `rounds` last, see `_tables`
             _write_table(self.path / f"{name}.parquet", self.history.table(name))
         shutil.rmtree(self.path / "parts", ignore_errors=True)
         summary = {
@@ -166,10 +167,12 @@ class Run:
             for name, schema in SCHEMAS.items()
             if (self.path / f"{name}.parquet").exists()
         }
-        # A run killed while gathering has some gathered files and still all its parts.
-        whole = len(gathered) == len(SCHEMAS)
-        held = History([gathered]).num_rounds if whole else 0
-        tables = [gathered] if whole else []
+        # A run killed while gathering has newer files beside older ones, and still all its parts.
+        # `rounds` is written last, so it tells how far all of them reach.
+        held = History([gathered]).num_rounds if len(gathered) == len(SCHEMAS) else 0
+        tables = [
+            {name: table.filter(pc.field("round") <= held) for name, table in gathered.items()}
+        ]
         for number in range(held + 1, self.round + 1):
             stem = self.path / "parts" / f"{number:08d}"
             tables.append(

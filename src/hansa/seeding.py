@@ -36,9 +36,10 @@ def global_stream(seed: int, *purpose: str | int) -> Iterator[None]:
 
     For code that takes no generator: module initialisation, dropout, a user's own layers.
     """
-    before = torch.get_rng_state()
-    torch.manual_seed(derive(seed, *purpose))
+    stream = torch.default_generator  # `torch.manual_seed` would seed other devices as well
+    before = stream.get_state()
+    stream.manual_seed(derive(seed, *purpose))
     try:
         yield
     finally:
-        torch.set_rng_state(before)
+        stream.set_state(before)

@@ -77,3 +77,10 @@ def test_a_split_of_unequal_lengths_is_named(name: str) -> None:
 def test_a_client_without_training_samples_is_refused() -> None:
     with pytest.raises(InputError, match="train: found no samples"):
         Client.of(floats(), floats(1))
+
+
+def test_splits_of_different_dtypes_are_refused() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    train, test = torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.zeros(2, 1, 2, 2)
+    with pytest.raises(InputError, match=r"inputs: found torch.uint8 and torch.float32"):
+        Client.of((train, labels), test=(test, labels))

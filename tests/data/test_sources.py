@@ -168,7 +168,10 @@ def test_classes_are_named_by_the_configuration_first(opened: Any) -> None:
     assert opened(rows, classes=("left", "right")).classes == ("left", "right")
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()], ids=str)
+NAMES = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+
+
+@pytest.mark.parametrize("kind", NAMES, ids=["string", "large string", "category"])
 def test_labels_may_be_names(opened: Any, kind: pa.DataType) -> None:
     source = opened(table(pa.array(["owl", "cat", "owl"], kind)))
     assert source.classes == ("cat", "owl")
@@ -261,9 +264,14 @@ def test_a_chosen_column_of_another_kind_is_refused(opened: Any, options: dict[s
         read(opened(table([0, 1], site=["a", "b"]), **options), 0)
 
 
-def test_groups_are_read_as_names(opened: Any) -> None:
+def test_groups_may_be_numbers(opened: Any) -> None:
     assert opened(table([0, 1, 0], site=[7, 8, 7]), group_column="site").groups == ["7", "8", "7"]
-    assert opened(table([0, 1], site=["a", "b"]), group_column="site").groups == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", NAMES, ids=["string", "large string", "category"])
+def test_groups_may_be_names(opened: Any, kind: pa.DataType) -> None:
+    sites = pa.array(["a", "b", "a"], kind)
+    assert opened(table([0, 1, 0], site=sites), group_column="site").groups == ["a", "b", "a"]
 
 
 @pytest.mark.parametrize("place", ["", "/part-*.parquet", "/part-[01].parquet"])
@@ -572,3 +580,10 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_one_line(
         "allowed: a data set that the hub has and this machine reaches, or parquet:PATH"
     )
     assert "\n" not in message
+
+
+def test_an_image_of_real_numbers_is_refused(opened: Any) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ones((2, 2), np.float32)).save(buffer, "TIFF")
+    with pytest.raises(InputError, match="found an image of real numbers"):
+        read(opened(table([0, 1], [buffer.getvalue()] * 2)), 0)

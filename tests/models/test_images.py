@@ -41,11 +41,22 @@ def test_resnet18_halves_its_maps_between_stages(
     assert found == [(1, 4 * 2**k, size, size) for k, size in enumerate(sizes)]
 
 
-def test_a_block_whose_second_norm_is_zero_passes_its_input_on() -> None:
+def test_a_block_adds_its_input_before_the_last_relu() -> None:
     block = ResNet18((3, 8, 8), 2, width=4).get_submodule("stages.stage1.0")
     nn.init.zeros_(block.get_parameter("norm2.weight"))
+    nn.init.constant_(block.get_parameter("norm2.bias"), -0.5)
     maps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(block(maps), F.relu(maps))
+    assert torch.equal(block(maps), F.relu(maps - 0.5))
+
+
+def test_the_head_of_resnet18_sees_the_mean_of_every_map() -> None:
+    model = ResNet18((3, 8, 8), 2, width=1)
+    model.add_module("stem", nn.Identity())
+    model.add_module("stages", nn.Identity())
+    nn.init.ones_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    maps = torch.arange(32.0).reshape(1, 8, 2, 2)
+    assert model(maps).tolist() == [[124.0, 124.0]]
 
 
 @pytest.mark.parametrize(("norm", "buffers"), [("group", 0), ("batch", 3 * 20)])

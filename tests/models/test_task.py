@@ -71,7 +71,7 @@ def test_gradients_are_those_of_the_module(norm: str | None) -> None:
     task, batch = Task(module), image_batch()
     gradients, buffers, metrics = task.gradients(task.params, task.buffers, batch)
     loss = F.cross_entropy(module.train()(batch[0]), batch[1])
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert gradients.keys() == dict(module.named_parameters()).keys()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad)
@@ -105,7 +105,7 @@ def test_tied_parameters_get_the_gradient_of_both_places() -> None:
     module = Tied()
     task, batch = Task(module), flat_batch(classes=3)
     gradients, _, _ = task.gradients(task.params, {}, batch)
-    F.cross_entropy(module(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(module(batch[0]), batch[1]).backward()
     torch.testing.assert_close(gradients["first.weight"], module.first.weight.grad)
 
 
@@ -115,7 +115,7 @@ def test_a_layer_used_twice_counts_once_and_sees_both_inputs() -> None:
     module = nn.Sequential(layer, nn.Tanh(), layer)
     task, batch = Task(module), flat_batch(classes=3)
     gradients, buffers, _ = task.gradients(task.params, task.buffers, batch)
-    F.cross_entropy(module(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(module(batch[0]), batch[1]).backward()
     assert gradients.keys() == {"0.0.weight", "0.0.bias", "0.1.weight", "0.1.bias"}
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad)

@@ -34,7 +34,8 @@ class Client:
         """Return a client from its own tensors, each split as (inputs, class numbers).
 
         Raises:
-            InputError: a split whose inputs and labels differ in length, or an empty train split.
+            InputError: a split whose inputs and labels differ in length, an empty train split, or
+                splits of different dtypes.
         """
         parts = {"train": train, "validation": validation, "test": test}
         splits: dict[Split, Index] = {}
@@ -54,6 +55,9 @@ class Client:
             labels.append(part[1].long())
         if not len(splits["train"]):
             raise InputError("train", "no samples", "at least one sample")
+        if len({part.dtype for part in inputs}) > 1:  # `cat` would turn bytes into unscaled floats
+            found = " and ".join(str(part.dtype) for part in inputs)
+            raise InputError("inputs", found, "one dtype for all splits")
         return cls(torch.cat(inputs), torch.cat(labels), splits)
 
     def count(self, split: Split) -> int:

@@ -157,7 +157,7 @@ def _table(name: str, table: pa.Table, options: SourceOptions, open_paths: bool 
     numbers, classes = _numbers(name, table.column(labels).to_pylist(), declared)
     groups = None
     if options.group_column is not None:
-        column = _column(table, options.group_column, "group_column", _is_label)
+        column = _column(table, options.group_column, "group_column", lambda f: True)
         groups = [str(value) for value in table.column(column).to_pylist()]
 
     def read(index: Index) -> torch.Tensor:
@@ -234,7 +234,8 @@ def _holds_images(field: pa.Field) -> bool:
 
 def _is_label(field: pa.Field) -> bool:
     kinds = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
-    return any(kind(field.type) for kind in kinds)
+    held = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    return any(kind(held) for kind in kinds)
 
 
 def _declared_classes(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
@@ -277,8 +278,10 @@ def _decode(place: str, data: bytes | None, channels: int | None) -> Image.Image
         ) from error
     except Image.DecompressionBombError as error:
         raise InputError(place, f"too large an image ({error})", "a smaller image") from error
+    if image.mode == "F":
+        raise InputError(place, "an image of real numbers", "8 or 16 bits per channel")
     if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off instead of scale
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if channels is None:
         channels = 1 if image.mode in ("1", "L", "LA") else 3
     return image.convert("L" if channels == 1 else "RGB")
