@@ -110,7 +110,7 @@ CASES = {
     ),
     "loss that is no number": (
         ["ok.toml", "--set", "training={lr=1e30, epochs=2}"],
-        "training.lr: found 1e+30, with which the loss of client-0 is nan in round 1",
+        "training.lr: found 1e+30, with which the loss is nan in round 1 at client-0",
     ),
     "unknown model": (["ok.toml", "--set", "model.name=vgg"], "model.name: found 'vgg'"),
     "option of another model": (
@@ -122,6 +122,21 @@ CASES = {
         "images/card.json: found no such file",
     ),
     "run that is none": (["--resume", "images"], "images: found no run"),
+    "truth for a number": (["ok.toml", "--set", "rounds=true"], "rounds: found True; allowed"),
+    "list for a name": (["ok.toml", "--set", "method.name=[1]"], "method.name: found [1]; allowed"),
+    "number too large": (
+        ["ok.toml", "--set", "training.batch_size=99999999999999999999999"],
+        "training.batch_size: found 99999999999999999999999; allowed: less than 2147483648",
+    ),
+    "null character": (["ok.toml", "--set", 'output="a\\u0000b"'], "output: found 'a\\x00b'"),
+    "empty layers": (
+        ["ok.toml", "--set", "model={name='cnn', options={channels=[4, 0]}}"],
+        "model.",
+    ),
+    "name too long for a file": (
+        ["ok.toml", "--set", f"data.source='parquet:{'x' * 300}'"],
+        "File name too long",
+    ),
     "output that is a file": (
         ["ok.toml", "--set", "output=ok.toml"],
         "output: found ok.toml (Not a directory)",
@@ -138,6 +153,15 @@ def test_wrong_input_ends_in_status_2_and_one_line(tmp_path, case: str) -> None:
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_reporting_into_a_folder_ends_in_status_2(tmp_path) -> None:
+    hansa("train", EXAMPLES / "digits-local.toml", "--set", "rounds=1", cwd=tmp_path)
+    done = hansa("report", "runs/digits-local-seed0", "--out", ".", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "hansa: --out: found '.', a folder; allowed: a file to write\n",
+    )
 
 
 def test_reporting_a_run_that_is_none_ends_in_status_2(tmp_path) -> None:

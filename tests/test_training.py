@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import torch
 import hansa
 from hansa.config import load
 from hansa.data.federate import federate
+from hansa.federation.message import Message
+from hansa.federation.wire import encode
 from support import config, same
 
 HANSA = str(Path(sys.executable).with_name("hansa"))
@@ -133,10 +136,51 @@ def test_a_run_does_not_resume_on_other_data(tmp_path) -> None:
         hansa.train(resume=run.path)
 
 
+def test_a_run_does_not_resume_from_another_bundle(tmp_path) -> None:
+    parent = hansa.train(config(tmp_path, rounds=1))
+    model = {"options": {"hidden": [8]}, "bundle": str(parent.path / "bundle")}
+    child = hansa.train(config(tmp_path, model=model, rounds=1))
+    hansa.train(resume=parent.path, overrides=["rounds=2"])
+    with pytest.raises(hansa.InputError, match="the run's bundle, "):
+        hansa.train(resume=child.path, overrides=["rounds=2"])
+
+
+@pytest.mark.parametrize("lost", ["states/root", "states/root+client-0", "checkpoint.json"])
+def test_a_run_that_lost_something_is_refused(tmp_path, lost: str) -> None:
+    run = hansa.train(config(tmp_path, participation={}))
+    path = run.path / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(hansa.InputError, match=r"states|checkpoint"):
+        hansa.train(resume=run.path, overrides=["rounds=5"])
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "{}", '{"format": 1, "round": null}', "x"])
+def test_a_checkpoint_that_is_none_is_refused(tmp_path, content: str) -> None:
+    run = hansa.Run.create(load(config(tmp_path)))
+    (run.path / "checkpoint.json").write_text(content)
+    with pytest.raises(hansa.InputError, match=r"checkpoint\.json"):
+        hansa.Run(run.path)
+
+
+def test_a_table_of_another_kind_is_refused(tmp_path) -> None:
+    run = hansa.train(config(tmp_path, rounds=1))
+    shutil.copy(run.path / "rounds.parquet", run.path / "scores.parquet")
+    with pytest.raises(hansa.InputError, match=r"scores.parquet has other columns"):
+        hansa.Run(run.path)
+
+
+def test_a_state_that_does_not_fit_the_model_is_refused(tmp_path) -> None:
+    run = hansa.train(config(tmp_path, rounds=1))
+    (path,) = (run.path / "states" / "root").iterdir()
+    path.write_bytes(encode(Message({"model": {"w": torch.ones(1)}, "buffers": {}})))
+    with pytest.raises(hansa.InputError, match="states that do not fit the model"):
+        hansa.train(resume=run.path, overrides=["rounds=2"])
+
+
 def test_a_run_under_way_is_not_joined(tmp_path) -> None:
     run = hansa.train(config(tmp_path))
     with (
-        run.claimed(run.config, {"data": run.checkpoint["data"]}),
+        run.claimed(run.config, run.checkpoint),
         pytest.raises(hansa.InputError, match="a run under way"),
     ):
         hansa.train(resume=run.path)
@@ -148,7 +192,7 @@ def test_a_run_that_went_on_after_it_was_opened_is_not_written(tmp_path) -> None
     hansa.train(resume=run.path, overrides=["rounds=3"])
     with (
         pytest.raises(hansa.InputError, match="went on meanwhile"),
-        opened.claimed(run.config, {"data": run.checkpoint["data"]}),
+        opened.claimed(run.config, run.checkpoint),
     ):
         pass
 

@@ -120,19 +120,24 @@ def write(
     beside.mkdir()
     for name, content in files.items():
         write_atomic(beside / name, content)
+    # The old one is moved aside whole: a kill leaves one bundle, the other, or none, never a part.
+    aside = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
-        shutil.rmtree(path)
+        path.replace(aside)
     beside.replace(path)
     sync_folder(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
     return read_bundle(path)
 
 
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: str | Path) -> Bundle:
     """Read a bundle and verify it.
 
     Raises:
         InputError: no bundle there, or one whose content does not match its digests.
     """
+    path = Path(path)
     card_bytes = _bytes(path, CARD)
     try:
         card = json.loads(card_bytes)

@@ -1,5 +1,6 @@
 """The command line: parse, call, print. What it does, a Python function of the same name does."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -102,6 +103,10 @@ def main() -> None:
         status = app(standalone_mode=False)
     except InputError as error:
         _fail(str(error))
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        _fail(f"{named}{error.strerror or error}", 1 if full else 2)
     except _UsageError as error:
         _fail(" ".join(error.format_message().split()))
     except (KeyboardInterrupt, typer.Abort):
@@ -110,9 +115,9 @@ def main() -> None:
     sys.exit(status or 0)
 
 
-def _fail(line: str) -> None:
+def _fail(line: str, status: int = 2) -> None:
     print(f"hansa: {line}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _progress() -> Progress:

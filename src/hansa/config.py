@@ -37,16 +37,16 @@ class ModelOptions(_Section):
 class TreeOptions(_Section):
     """The shape of the federation."""
 
-    federations: int = Field(1, ge=1)
+    federations: int = Field(1, ge=1, strict=True)
     """Inner nodes over which the clients are dealt in turn; 1 is a flat federation."""
 
 
 class EngineOptions(_Section):
     """How the run is computed. None of this changes a number."""
 
-    workers: int = Field(1, ge=1, le=256)
+    workers: int = Field(1, ge=1, le=256, strict=True)
     """Processes that train clients."""
-    state_memory_mb: int = Field(1024, ge=0)
+    state_memory_mb: int = Field(1024, ge=0, strict=True)
     """Memory for the states of clients; what does not fit is read from disk when needed."""
 
 
@@ -57,11 +57,11 @@ class RunConfig(_Section):
     """What the run's folder is called."""
     output: str = "runs"
     """Folder that run folders are made in."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, strict=True)
     """Everything random in the run is derived from it."""
-    rounds: int = Field(10, ge=1)
+    rounds: int = Field(10, ge=1, strict=True)
     """Rounds of the federation."""
-    score_every: int = Field(1, ge=0)
+    score_every: int = Field(1, ge=0, strict=True)
     """Rounds between scores; the last round is always scored, 0 scores no other."""
     on_failure: Literal["stop", "drop"] = "stop"
     """A client whose loss is no number stops the run, or is dropped from its round."""
@@ -150,13 +150,14 @@ def _put(values: dict[str, Any], parts: list[str], value: Any, key: str) -> dict
 
 
 def _validate(values: dict[str, Any]) -> RunConfig:
+    _check_texts(values, "")
     values = dict(values)
     method = values.pop("method", {"name": "fedavg"})
     if not isinstance(method, Mapping):
         raise InputError("method", repr(method), "a table with a name")
     options = dict(method)
     name = options.pop("name", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InputError("method.name", repr(name), ", ".join(METHODS))
     try:
         config = RunConfig.model_validate(values)
@@ -166,6 +167,18 @@ def _validate(values: dict[str, Any]) -> RunConfig:
         return config.model_copy(update={"method": METHODS[name].model_validate(options)})
     except ValidationError as error:
         raise _explain(error, METHODS[name], options, "method.") from error
+
+
+def _check_texts(value: Any, key: str) -> None:
+    """Refuse texts that no file name could hold."""
+    if isinstance(value, Mapping):
+        for name, below in value.items():
+            _check_texts(below, f"{key}.{name}" if key else str(name))
+    # Lone surrogates, which the command line makes of bytes that are no UTF-8, turn into "?".
+    elif isinstance(value, str) and value.encode(errors="replace").decode() != value.replace(
+        "\0", ""
+    ):
+        raise InputError(key, repr(value), "text in UTF-8 without null characters")
 
 
 def _explain(

@@ -42,17 +42,18 @@ class Run:
     Attributes:
         path: the folder.
         config: the run's configuration.
-        checkpoint: what the last checkpoint says: ``round``, ``data`` (fingerprint), ``classes``.
+        checkpoint: what the last checkpoint says: ``round``, ``states`` (how many), and the facts
+            that the run stands on: ``data``, ``bundle``, ``clients``, ``classes``.
         history: what the run measured up to its last checkpoint.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         """Open a run.
 
         Raises:
             InputError: no run there, or a damaged one.
         """
-        self.path = path
+        self.path = path = Path(path)
         if not (path / "config.toml").is_file():
             raise InputError(str(path), "no run", "the folder of a run, with its config.toml")
         self.config = load(path / "config.toml")
@@ -80,6 +81,7 @@ class Run:
                 raise InputError(
                     "output", f"{parent} ({error.strerror})", "a folder that can be written"
                 ) from error
+        write_atomic(path / "checkpoint.json", json.dumps({"format": FORMAT, "round": 0}) + "\n")
         write_atomic(path / "config.toml", config.as_toml())
         return cls(path)
 
@@ -94,10 +96,11 @@ class Run:
 
         Args:
             config: the configuration to follow from here on.
-            facts: JSON values, ``data`` (the fingerprint) among them.
+            facts: JSON values; ``data`` (the fingerprint) and ``bundle`` (the digest of the one
+                it starts from) must be those that the run began with.
 
         Raises:
-            InputError: another process is at work on the run, or it was begun on other data.
+            InputError: another process is at work on the run, or it was begun on other facts.
         """
         with (self.path / ".lock").open("w") as lock:
             try:
@@ -106,11 +109,12 @@ class Run:
                 raise InputError(str(self.path), "a run under way", "an idle run") from error
             if self._read_checkpoint() != self.checkpoint:
                 raise InputError(str(self.path), "a run that went on meanwhile", "another try")
-            began = self.checkpoint.get("data", facts["data"])
-            if began != facts["data"]:
-                raise InputError(
-                    str(self.path), f"data {facts['data'][:12]}", f"the run's data, {began[:12]}"
-                )
+            for key in ("data", "bundle"):
+                began, now = (str(f.get(key, facts[key])) for f in (self.checkpoint, facts))
+                if began != now:
+                    raise InputError(
+                        str(self.path), f"{key} {now[:12]}", f"the run's {key}, {began[:12]}"
+                    )
             if config != self.config:
                 self.config = config
                 write_atomic(self.path / "config.toml", config.as_toml())
@@ -119,9 +123,16 @@ class Run:
             yield
 
     def store(self) -> DiskStore:
-        """Return the states of the run as of its last whole round."""
+        """Return the states of the run as of its last whole round.
+
+        Raises:
+            InputError: some of them are missing.
+        """
         memory = self.config.engine.state_memory_mb * 1_000_000
         self._store = DiskStore(self.path / "states", self.round, memory)
+        held, wanted = self._store.num_states, self.checkpoint.get("states", 0)
+        if held != wanted:
+            raise InputError(str(self.path / "states"), f"{held} states", f"all {wanted} of them")
         return self._store
 
     def record(self, result: RoundResult) -> None:
@@ -131,7 +142,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         for name, table in tables.items():
             _write_table(folder / f"{result.number:08d}-{name}.parquet", table)
-        self.checkpoint["round"] = result.number
+        self.checkpoint |= {"round": result.number, "states": self._store.num_states}
         self._write_checkpoint()
         self.history.add(tables)
         self._store.prune()
@@ -151,11 +162,15 @@ class Run:
         return summary
 
     def _read_checkpoint(self) -> dict[str, Any]:
+        path = self.path / "checkpoint.json"
         try:
-            checkpoint: dict[str, Any] = json.loads((self.path / "checkpoint.json").read_text())
-        except FileNotFoundError:
-            return {"round": 0}
-        return checkpoint
+            checkpoint = json.loads(path.read_text())
+            fits = checkpoint["format"] == FORMAT and type(checkpoint["round"]) is int
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(str(path), f"no checkpoint ({error})", "that of a run") from error
+        if not fits:
+            raise InputError(str(path), "another format", f"format {FORMAT}")
+        return dict(checkpoint)
 
     def _write_checkpoint(self) -> None:
         write_atomic(self.path / "checkpoint.json", json.dumps(self.checkpoint, indent=2) + "\n")
@@ -163,8 +178,8 @@ class Run:
     def _tables(self) -> list[dict[str, pa.Table]]:
         """Return the tables of every whole round; those of an unfinished round are left out."""
         gathered = {
-            name: pq.read_table(self.path / f"{name}.parquet", schema=schema)
-            for name, schema in SCHEMAS.items()
+            name: _read_table(self.path / f"{name}.parquet", name)
+            for name in SCHEMAS
             if (self.path / f"{name}.parquet").exists()
         }
         # A run killed while gathering has newer files beside older ones, and still all its parts.
@@ -176,12 +191,16 @@ class Run:
         for number in range(held + 1, self.round + 1):
             stem = self.path / "parts" / f"{number:08d}"
             tables.append(
-                {
-                    name: pq.read_table(f"{stem}-{name}.parquet", schema=schema)
-                    for name, schema in SCHEMAS.items()
-                }
+                {name: _read_table(Path(f"{stem}-{name}.parquet"), name) for name in SCHEMAS}
             )
         return tables
+
+
+def _read_table(path: Path, name: str) -> pa.Table:
+    table = pq.read_table(path)
+    if not table.schema.equals(SCHEMAS[name]):
+        raise ValueError(f"{path.name} has other columns")
+    return table
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

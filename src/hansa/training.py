@@ -13,6 +13,7 @@ from hansa.errors import InputError
 from hansa.federation.engines.local import RoundResult
 from hansa.federation.federation import Federation
 from hansa.federation.leaf import DivergedError
+from hansa.federation.message import MessageError
 from hansa.federation.tree import ROOT, Tree
 from hansa.models import Architecture, build
 from hansa.runs import Run
@@ -68,7 +69,13 @@ def train(
     )
     # The folder is made last, so that wrong input leaves nothing behind.
     run = Run.create(wanted) if run is None else run
-    with run.claimed(wanted, {"data": data.fingerprint, "classes": list(data.classes)}):
+    facts = {
+        "data": data.fingerprint,
+        "bundle": parent.digest if parent else "none",
+        "clients": len(data.clients),
+        "classes": list(data.classes),
+    }
+    with run.claimed(wanted, facts):
         federation.keep_states_in(run.store())
         _rounds(run, federation, watch)
         common = None
@@ -100,6 +107,10 @@ def _rounds(run: Run, federation: Federation, watch: Watch | None) -> None:
             "training.lr",
             f"{config.training.lr}, with which {error}",
             "a rate at which the loss stays finite, or on_failure = 'drop'",
+        ) from error
+    except MessageError as error:
+        raise InputError(
+            str(run.path), f"states that do not fit the model ({error})", "the run's own model"
         ) from error
 
 

@@ -587,3 +587,8 @@ def test_an_image_of_real_numbers_is_refused(opened: Any) -> None:
     Image.fromarray(np.ones((2, 2), np.float32)).save(buffer, "TIFF")
     with pytest.raises(InputError, match="found an image of real numbers"):
         read(opened(table([0, 1], [buffer.getvalue()] * 2)), 0)
+
+
+def test_labels_that_are_ids_are_refused_without_classes(opened: Any) -> None:
+    with pytest.raises(InputError, match="labels up to 10000001 in 2 rows"):
+        opened(table([10_000_000, 10_000_001]))

@@ -61,6 +61,30 @@ def test_the_worst_tenth_is_the_mean_of_the_worst_clients() -> None:
     assert spread(values)["std"] == pytest.approx((110 / 12) ** 0.5 * 0.1 * (120 / 110) ** 0.5)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"buffers": "avg"}, "buffers: found 'avg'; allowed: averaged or local"),
+        ({"on_failure": "Stop"}, "on_failure: found 'Stop'; allowed: stop or drop"),
+    ],
+)
+def test_options_outside_their_words_are_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(hansa.InputError, match=message):
+        federation(**options)
+
+
+def test_models_that_do_not_fit_the_data_are_named() -> None:
+    small = torch.nn.Linear(4, 2)
+    with pytest.raises(hansa.InputError, match="labels of c0: found up to 2; allowed: 0 to 1"):
+        hansa.Federation(small, clients(), hansa.FedAvg())
+    with pytest.raises(hansa.InputError, match="on c0's data"):
+        hansa.Federation(torch.nn.Linear(5, 3), clients(), hansa.FedAvg())
+    with pytest.raises(hansa.InputError, match="found no trainable parameters"):
+        hansa.Federation(torch.nn.Linear(4, 3).requires_grad_(False), clients(), hansa.FedAvg())
+    with pytest.raises(hansa.InputError, match="a method such as FedAvg"):
+        hansa.Federation(torch.nn.Linear(4, 3), clients(), hansa.FedAvg)  # type: ignore[arg-type]
+
+
 def test_a_batch_of_one_under_batchnorm_is_refused_before_the_run() -> None:
     model = net(torch.nn.BatchNorm1d(6))
     with pytest.raises(hansa.InputError, match=r"training.batch_size: found 3, which leaves c0"):

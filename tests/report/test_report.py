@@ -57,6 +57,18 @@ def test_two_runs_of_one_method_are_told_apart(tmp_path) -> None:
     assert "fedavg (t-seed0-2)" in text
 
 
+def test_runs_of_one_name_in_two_folders_are_told_apart(tmp_path) -> None:
+    runs = [hansa.train(config(tmp_path / name, rounds=1)) for name in ("a", "b")]
+    text = report(runs).read_text()
+    assert "<title>Hansa: fedselect (1), fedselect (2)</title>" in text
+
+
+def test_a_run_without_test_data_is_reported(tmp_path) -> None:
+    data = {"clients": 3, "test": 0.0}
+    text = report([hansa.train(config(tmp_path, data=data, rounds=1))]).read_text()
+    assert "digits, 3 clients" in text
+
+
 def test_what_a_user_wrote_is_escaped(tmp_path) -> None:
     run = hansa.train(config(tmp_path, rounds=1))
     object.__setattr__(run.config, "output", "<script>alert(1)</script>")

@@ -68,6 +68,6 @@ class Client:
         """Return a whole split as (inputs, labels)."""
         index = torch.from_numpy(self.splits[split])
         inputs = self.inputs[index]
-        if inputs.dtype is torch.uint8:
+        if inputs.dtype is torch.uint8 and inputs.dim() == 4:
             inputs = inputs.float().div_(127.5).sub_(1)
         return inputs, self.labels[index]

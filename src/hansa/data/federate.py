@@ -19,16 +19,16 @@ from hansa.seeding import generator, numpy_generator
 class DataOptions(SourceOptions):
     """What clients hold: a source, a partition, and the sizes of the splits."""
 
-    clients: int | None = Field(None, ge=1)
+    clients: int | None = Field(None, ge=1, strict=True)
     """Number of clients; with the partition by group, at most so many groups."""
     partition: Partition = Iid()
-    validation: float = Field(0.15, ge=0, lt=1)
+    validation: float = Field(0.15, ge=0, lt=1, strict=True)
     """Share of a client's samples held out for choosing (a round, a setting)."""
-    test: float = Field(0.25, ge=0, lt=1)
+    test: float = Field(0.25, ge=0, lt=1, strict=True)
     """Share of a client's samples held out for the score."""
-    train_per_class: int | None = Field(None, ge=1)
+    train_per_class: int | None = Field(None, ge=1, strict=True)
     """Most training samples per class and client."""
-    test_per_class: int | None = Field(None, ge=1)
+    test_per_class: int | None = Field(None, ge=1, strict=True)
     """Most test samples per class and client."""
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ class Shards(_Options):
     """
 
     kind: Literal["shards"] = "shards"
-    classes: int = Field(2, ge=1)
+    classes: int = Field(2, ge=1, strict=True)
     """Classes per client."""
 
 
@@ -44,9 +44,9 @@ class Dirichlet(_Options):
     """
 
     kind: Literal["dirichlet"] = "dirichlet"
-    alpha: float = Field(0.5, gt=0, allow_inf_nan=False)
+    alpha: float = Field(0.5, gt=0, allow_inf_nan=False, strict=True)
     """Concentration: small is uneven, large is even."""
-    min_samples: int = Field(10, ge=2)
+    min_samples: int = Field(10, ge=2, strict=True)
     """Fewest samples of a client; the draw is repeated, up to 100 times, until all have them."""
 
 
@@ -54,7 +54,7 @@ class Group(_Options):
     """One client per writer, site or other group that the data names."""
 
     kind: Literal["group"] = "group"
-    min_samples: int = Field(10, ge=2)
+    min_samples: int = Field(10, ge=2, strict=True)
     """Groups with fewer samples are left out."""
 
 
@@ -70,7 +70,7 @@ class Shift(_Options):
     shifts: tuple[Literal["none", "rotation", "inversion", "noise"], ...] = Field(
         ("none", "rotation", "inversion", "noise"), min_length=1
     )
-    noise: float = Field(0.2, ge=0, le=2)
+    noise: float = Field(0.2, ge=0, le=2, strict=True)
     """Standard deviation of the noise, where black to white is 2."""
 
 

@@ -102,7 +102,10 @@ def _parquet(path: str, options: SourceOptions) -> Source:
     if place.is_dir():
         files = sorted(place.rglob("*.parquet"))
     else:
-        files = [place] if place.is_file() else sorted(place.parent.glob(place.name))
+        try:
+            files = [place] if place.is_file() else sorted(place.parent.glob(place.name))
+        except ValueError:  # no pattern
+            files = []
     if not files:
         raise InputError("data.source", f"no Parquet file at {path}", "a file, folder or pattern")
     tables = []
@@ -182,7 +185,7 @@ def _folder(path: str, options: SourceOptions) -> Source:
         (file, name)
         for name in names
         for file in sorted((root / name).rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
     ]
     if len(names) < 2 or not files:
         raise InputError(
@@ -253,7 +256,14 @@ def _numbers(
     """Return class numbers and class names, every label checked against the classes."""
     known = [value for value in values if value is not None]
     if all(isinstance(value, int) for value in known):
-        classes = declared or tuple(str(k) for k in range(max(known, default=-1) + 1))
+        num = max(known, default=-1) + 1
+        if declared is None and num > max(2, len(values)):
+            raise InputError(
+                name,
+                f"labels up to {num - 1} in {len(values)} rows",
+                "class numbers from 0 on, or data.classes with the names",
+            )
+        classes = declared or tuple(str(k) for k in range(num))
         allowed = f"0 to {len(classes) - 1}"
         table: dict[Any, int] = {k: k for k in range(len(classes))}
     else:

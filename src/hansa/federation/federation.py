@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+import torch
 from torch import nn
 
 from hansa.data.clients import Client
@@ -41,8 +42,9 @@ class Federation:
         on_failure: whether a client whose loss is no number stops the run or is dropped.
 
     Raises:
-        InputError: no clients, clients that are not the leaves of the tree, a method that is not
-            defined on the tree or the model, or a BatchNorm that would see a batch of one.
+        InputError: a model that does not fit the clients' inputs and labels, clients that are not
+            the leaves of the tree, a method that is not defined on the tree or the model, or a
+            BatchNorm that would see a batch of one.
     """
 
     def __init__(
@@ -64,6 +66,15 @@ class Federation:
         if paths.keys() != clients.keys():
             odd = ", ".join(sorted(paths.keys() ^ clients.keys())[:3])
             raise InputError("clients", f"{odd} in one of them only", "the leaves of the tree")
+        if not isinstance(method, Method):
+            raise InputError("method", repr(method), "a method such as FedAvg()")
+        for key, value, allowed in (
+            ("buffers", buffers, ("averaged", "local")),
+            ("on_failure", on_failure, ("stop", "drop")),
+        ):
+            if value not in allowed:
+                raise InputError(key, repr(value), " or ".join(allowed))
+        _check_model(model, clients)
         self.setup = Setup(Task(model), training or Training(), buffers)
         method.check(self.setup, self.tree.depth)
         _check_batches(model, clients, self.setup.training.batch_size)
@@ -106,6 +117,29 @@ class Federation:
     def keep_states_in(self, store: Store) -> None:
         """Keep the nodes' states in a store, and go on from those that it holds."""
         self._engine.store = store
+
+
+def _check_model(model: nn.Module, clients: Mapping[str, Client]) -> None:
+    """Try the model on one sample of each client, and its labels against the number of logits."""
+    was = model.training
+    model.eval()
+    for name, client in clients.items():
+        inputs, _ = client.batch("train")
+        try:
+            with torch.no_grad():
+                classes = model(inputs[:1]).shape[1]
+        except Exception as error:  # a user's module may raise anything
+            raise InputError(
+                "model", f"{error} on {name}'s data", "a model of its inputs"
+            ) from error
+        highest = int(client.labels.max())
+        if int(client.labels.min()) < 0 or highest >= classes:
+            raise InputError(
+                f"labels of {name}", f"up to {highest}", f"0 to {classes - 1}, one per logit"
+            )
+    model.train(was)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("model", "no trainable parameters", "some")
 
 
 def _check_batches(model: nn.Module, clients: Mapping[str, Client], size: int) -> None:

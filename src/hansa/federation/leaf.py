@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hansa.data.clients import Client
+from hansa.data.clients import Client, Split
 from hansa.federation.message import Message, State
 from hansa.federation.methods.base import Method, Work
 from hansa.federation.node import Node, Setup
@@ -19,17 +19,18 @@ from hansa.models.task import Batch
 from hansa.seeding import generator, global_stream
 
 Metrics = dict[str, tuple[float, float]]
+SCORED_SPLITS: tuple[Split, ...] = ("validation", "test")
 
 
 class DivergedError(ArithmeticError):
-    """A client's loss is no number."""
+    """A client's loss or weights are no numbers."""
 
-    def __init__(self, path: str, round_: int, loss: float) -> None:
-        super().__init__(path, round_, loss)
-        self.path, self.round, self.loss = path, round_, loss
+    def __init__(self, path: str, round_: int, what: str) -> None:
+        super().__init__(path, round_, what)
+        self.path, self.round, self.what = path, round_, what
 
     def __str__(self) -> str:
-        return f"the loss of {name_of(self.path)} is {self.loss} in round {self.round}"
+        return f"{self.what} in round {self.round} at {name_of(self.path)}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Leaf:
         """Return the leaf's new state, its reply, and the metrics of its training.
 
         Raises:
-            DivergedError: the training loss became infinite or NaN.
+            DivergedError: the training loss or the weights became infinite or NaN.
         """
         node = Node(path, round_, client.count("train"), self.setup)
         state = self.method.receive(node, state, down)
@@ -75,14 +76,15 @@ class Leaf:
         if self.method.scored == "tuned":
             work = self._fit(node, state, client, self.method.tune_epochs(self.setup))
             params, buffers = work["params"], work["buffers"]
-        scores = {
-            split: self.setup.task.evaluate(params, buffers, client.batch(split))
-            for split in ("validation", "test")
-            if client.count(split)
-        }
+        with global_stream(self.seed, path, round_, "score"):
+            scores: dict[str, Metrics] = {
+                split: self.setup.task.evaluate(params, buffers, client.batch(split))
+                for split in SCORED_SPLITS
+                if client.count(split)
+            }
         for metrics in scores.values():
             _check_finite(node, metrics["loss"][0])
-        return scores | {"state": self.method.describe(self.setup, state)}
+        return {**scores, "state": self.method.describe(self.setup, state)}
 
     def _fit(self, node: Node, state: State, client: Client, epochs: int) -> Work:
         work = self.method.begin(node, state)
@@ -98,6 +100,9 @@ class Leaf:
                         work = self.method.step(self.setup, work, batch, phase)
         # One look after the last step is enough: a sum that was NaN once stays so.
         _check_finite(node, float(work["metrics"]["loss"]))
+        for name, tensor in [*work["params"].items(), *work["buffers"].items()]:
+            if not tensor.isfinite().all():
+                raise DivergedError(node.path, node.round, f"{name} is not finite")
         return work
 
 
@@ -109,4 +114,4 @@ def _batches(data: Batch, order: torch.Tensor, size: int) -> Iterator[Batch]:
 
 def _check_finite(node: Node, loss: float) -> None:
     if not abs(loss) < float("inf"):
-        raise DivergedError(node.path, node.round, loss)
+        raise DivergedError(node.path, node.round, f"the loss is {loss}")

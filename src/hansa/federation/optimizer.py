@@ -21,19 +21,19 @@ class Training(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = Field(0.1, gt=0, allow_inf_nan=False)
+    lr: float = Field(0.1, gt=0, allow_inf_nan=False, strict=True)
     """Learning rate."""
-    momentum: float = Field(0.0, ge=0, lt=1)
+    momentum: float = Field(0.0, ge=0, lt=1, strict=True)
     """Momentum of SGD; reset at the start of every round, as all optimizer memory is."""
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, strict=True)
     """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's two moments."""
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False, strict=True)
     """Added to Adam's denominator."""
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(1, ge=1, lt=2**31, strict=True)
     """Local passes over a client's training data per round."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, lt=2**31, strict=True)
     """Samples per local step; the last batch of an epoch may be smaller."""
 
     @model_validator(mode="after")

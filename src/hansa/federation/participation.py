@@ -21,15 +21,15 @@ class Participation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    fraction: float = Field(1.0, gt=0, le=1)
+    fraction: float = Field(1.0, gt=0, le=1, strict=True)
     """Share of the children asked in a round; at least one child."""
-    failure_rate: float = Field(0.0, ge=0, lt=1)
+    failure_rate: float = Field(0.0, ge=0, lt=1, strict=True)
     """Chance that a child that was asked fails before it answers."""
-    deadline: float | None = Field(None, gt=0)
+    deadline: float | None = Field(None, gt=0, allow_inf_nan=False, strict=True)
     """Simulated seconds after which a reply no longer counts."""
-    step_seconds: float = Field(0.1, gt=0)
+    step_seconds: float = Field(0.1, gt=0, allow_inf_nan=False, strict=True)
     """Simulated seconds per local step on the median client."""
-    speed_spread: float = Field(0.0, ge=0, le=5)
+    speed_spread: float = Field(0.0, ge=0, le=5, strict=True)
     """Standard deviation of the log of a client's seconds per step (log-normal, fixed per run)."""
 
     def choose(self, children: Sequence[str], seed: int, path: str, round_: int) -> list[str]:

@@ -16,6 +16,8 @@ from hansa.federation.message import MessageError, State
 from hansa.federation.wire import decode, encode, encoded_size
 from hansa.files import sync_folder
 
+_VERSION = f"{'[0-9]' * 8}.msg"
+
 
 def link_key(parent: str, child: str) -> str:
     """Return the key of what a parent remembers of a child."""
@@ -73,7 +75,7 @@ class DiskStore:
         self._written: dict[str, Path] = {}
         self._replaced: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
-        self._recover(committed)
+        self._places = self._recover(committed)
 
     def get(self, key: str) -> State:
         """Return the newest state of a key.
@@ -94,9 +96,15 @@ class DiskStore:
         self._keep(key, state)
         return state
 
+    @property
+    def num_states(self) -> int:
+        """The number of keys that have a state."""
+        return len(self._places)
+
     def put(self, key: str, state: State) -> None:
         """Write a state for the round under way."""
         path = self._place(key) / f"{self._round:08d}.msg"
+        self._places.add(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(state))
         self._written[key] = path
@@ -124,10 +132,15 @@ class DiskStore:
                 path.unlink()
         self._replaced.clear()
 
-    def _recover(self, committed: int) -> None:
-        for path in self._folder.glob("*/*.msg"):
+    def _recover(self, committed: int) -> set[Path]:
+        """Remove versions of later rounds; return the folders that still hold one."""
+        places = set()
+        for path in self._folder.glob(f"*/{_VERSION}"):
             if int(path.stem) > committed:
                 path.unlink()
+            else:
+                places.add(path.parent)
+        return places
 
     def _place(self, key: str) -> Path:
         name = key.replace("/", "+")
@@ -135,7 +148,7 @@ class DiskStore:
         return self._folder / (name if len(name) <= 255 else sha256(name.encode()).hexdigest())
 
     def _versions(self, key: str) -> list[Path]:
-        return sorted(self._place(key).glob("*.msg"))
+        return sorted(self._place(key).glob(_VERSION))
 
     def _keep(self, key: str, state: State) -> None:
         self._held -= self._sizes.pop(key, 0)

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import sys
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def build(
         allowed = ", ".join(name for name in parameters if name not in given) or "none"
         raise InputError(f"model.options.{unknown[0]}", "an unknown option", allowed)
     try:
-        with global_stream(seed, "model"):
+        with global_stream(seed, "model"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of empty layers: the check below says what is wrong
             model = kind(**arguments, **architecture.options)
             # Within the stream, since lazy layers draw their values on the first input.
             check_output(model, architecture)
@@ -119,7 +121,7 @@ def _import(name: str, trusted: Collection[str] | None) -> type[nn.Module]:
         sys.path.append(here)
     try:
         kind = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # a user's module may raise anything when it is imported
         raise InputError("model.name", f"{name!r} ({error})", allowed) from error
     if not callable(kind):
         raise InputError("model.name", f"{name!r}, which cannot be called", allowed)

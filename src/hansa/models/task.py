@@ -27,12 +27,17 @@ class Task:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        # Contiguous, as tensors are that come out of a message: layouts choose kernels, and those
+        # round in their own ways.
         self.params = {
-            name: parameter.detach().clone()
+            name: parameter.detach().clone(memory_format=torch.contiguous_format)
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        self.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+        self.buffers = {
+            name: buffer.detach().clone(memory_format=torch.contiguous_format)
+            for name, buffer in module.named_buffers()
+        }
         self._aliases = _aliases(module)
 
     def loss(
@@ -84,6 +89,7 @@ class Task:
     ) -> dict[str, tuple[float, float]]:
         """Return metrics over a data set as (sum, count), in evaluation mode."""
         totals: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
+        buffers = {name: b.clone() for name, b in buffers.items()}
         chunks = zip(*(part.split(batch_size) for part in data), strict=True)
         for chunk in chunks:
             _, metrics = self.loss(params, buffers, chunk, training=False)

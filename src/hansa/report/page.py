@@ -38,11 +38,13 @@ def report(runs: Sequence[Run], out: Path | None = None) -> Path:
     labels = _labels(runs)
     rows = [_row(label, run) for label, run in zip(labels, runs, strict=True)]
     page = out or runs[0].path / "report.html"
+    if page.is_dir() or not page.name:
+        raise InputError("--out", f"{str(page)!r}, a folder", "a file to write")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         files("hansa.report").joinpath("page.html.j2").read_text("utf-8")
     )
     text = template.render(
-        title=", ".join(labels) if len(runs) > 1 else runs[0].path.name,
+        title=", ".join(labels) if len(runs) > 1 else runs[0].path.resolve().name,
         lead=_lead(runs[0]),
         rows=rows,
         plots=_plots(dict(zip(labels, runs, strict=True))),
@@ -57,19 +59,24 @@ def report(runs: Sequence[Run], out: Path | None = None) -> Path:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
+    """Return the methods, told apart by folder or by number where they are not all different."""
     methods = [run.config.method.name for run in runs]
-    unique = len(set(methods)) == len(methods)
-    return (
-        methods if unique else [f"{m} ({r.path.name})" for m, r in zip(methods, runs, strict=True)]
-    )
+    names = [run.path.resolve().name for run in runs]
+    for apart in (names, range(1, len(runs) + 1)):
+        if len(set(methods)) == len(runs):
+            break
+        methods = [
+            f"{run.config.method.name} ({tail})" for run, tail in zip(runs, apart, strict=True)
+        ]
+    return methods
 
 
 def _lead(run: Run) -> str:
     config, history = run.config, run.history
-    clients = len({node for row in history.scored("test", "accuracy").values() for node in row})
     return (
-        f"{config.data.source}, {clients} clients, partition {config.data.partition.kind}, "
-        f"model {config.model.name}, {history.num_rounds} rounds, seed {config.seed}"
+        f"{config.data.source}, {run.checkpoint['clients']} clients, "
+        f"partition {config.data.partition.kind}, model {config.model.name}, "
+        f"{history.num_rounds} rounds, seed {config.seed}"
     )
 
 

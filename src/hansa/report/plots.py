@@ -1,6 +1,7 @@
 """Plots as SVG that stands inside a page: its text and axes take the page's colour and font."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -38,7 +39,7 @@ def lines(
         axes.plot(
             xs,
             ys,
-            label=name,
+            label=textwrap.fill(name, 28),
             color=COLOURS[k % len(COLOURS)],
             linestyle=DASHES[k // len(COLOURS) % len(DASHES)],
             marker=MARKERS[k % len(MARKERS)],
@@ -60,7 +61,7 @@ def dots(values: Mapping[str, Mapping[str, float]], *, title: str, x: str, y: st
         axes.plot(
             [row[c] for c in clients if c in row],
             [clients.index(c) + 0.14 * (k - (len(values) - 1) / 2) for c in clients if c in row],
-            label=name,
+            label=textwrap.fill(name, 28),
             linestyle="",
             marker=MARKERS[k % len(MARKERS)],
             color=COLOURS[k % len(COLOURS)],

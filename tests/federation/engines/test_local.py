@@ -10,11 +10,21 @@ from hansa.federation.engines import local
 from hansa.federation.engines.local import LocalEngine
 from hansa.federation.leaf import DivergedError
 from hansa.federation.message import Message
-from hansa.federation.methods import METHODS, FedAvg, FedSelect, Method
+from hansa.federation.methods import (
+    METHODS,
+    FedAvg,
+    FedAvgTuned,
+    FedPer,
+    FedSelect,
+    LocalOnly,
+    Method,
+)
+from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
 from hansa.federation.store import DiskStore
 from hansa.federation.tree import Tree
 from hansa.federation.wire import encode
+from hansa.models.task import Task
 from support import clients, engine, everything, net, run
 
 HARD = Participation(fraction=0.7, failure_rate=0.2, deadline=0.7, speed_spread=0.7)
@@ -130,7 +140,7 @@ def poisoned() -> dict[str, Client]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_client(workers: int) -> None:
     federation = engine(FedAvg(), data=poisoned(), workers=workers)
-    with pytest.raises(DivergedError, match="the loss of c1 is nan in round 1"):
+    with pytest.raises(DivergedError, match="the loss is nan in round 1 at c1"):
         run(federation)
 
 
@@ -139,7 +149,7 @@ def test_or_the_client_is_dropped_and_never_averaged() -> None:
     results = run(federation)
     failed = [visit for visit in results[0].visits if visit.fate == "failed"]
     assert [(visit.path, visit.error) for visit in failed] == [
-        ("root/c1", "the loss of c1 is nan in round 1")
+        ("root/c1", "the loss is nan in round 1 at c1")
     ]
     assert all(tensor.isfinite().all() for tensor in federation.state().group("model").values())
 
@@ -168,6 +178,77 @@ def test_a_model_that_cannot_be_sent_to_a_process_is_named() -> None:
     class Hidden(nn.Linear):
         pass
 
-    federation = engine(FedAvg(), model=Hidden(4, 3), workers=2)
     with pytest.raises(InputError, match=r"engine\.workers"):
-        run(federation)
+        engine(FedAvg(), model=Hidden(4, 3), workers=2)
+
+
+def test_a_client_whose_weights_overflow_in_its_last_step_is_dropped() -> None:
+    data = clients(3)
+    inputs, labels = data["c1"].batch("train")
+    # One step: the loss is still finite, the weights after it are not.
+    huge = Client.of((inputs * 1e37, labels), test=data["c1"].batch("test"))
+    training = Training(lr=1e3, batch_size=7)
+    federation = engine(FedAvg(), data={**data, "c1": huge}, training=training, on_failure="drop")
+    with federation as running:
+        failed = [v for v in running.round(1, score=False).visits if v.fate == "failed"]
+    assert [visit.path for visit in failed] == ["root/c1"]
+    assert "is not finite in round 1 at c1" in failed[0].error
+
+
+def test_a_client_that_cannot_be_scored_is_left_out_of_the_scores_when_dropping() -> None:
+    data = clients(3)
+    inputs, labels = data["c1"].batch("test")
+    blind = Client.of(data["c1"].batch("train"), test=(inputs * float("nan"), labels))
+    federation = engine(FedAvg(), data={**data, "c1": blind}, on_failure="drop")
+    assert run(federation, 1)[0].scores.keys() == {"root/c0", "root/c2"}
+    with pytest.raises(DivergedError):
+        run(engine(FedAvg(), data={**data, "c1": blind}), 1)
+
+
+def test_scoring_draws_from_its_own_stream_and_changes_no_state() -> None:
+    class Restless(nn.Module):
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            self.seen += 1
+            return torch.nn.functional.dropout(self.head(inputs), 0.5)
+
+    first = engine(FedAvg(), model=Restless())
+    expected = run(first)
+    second = engine(FedAvg(), model=Restless())
+    torch.manual_seed(99)
+    assert [r.scores for r in run(second)] == [r.scores for r in expected]
+    with engine(FedAvg(), model=Restless()) as running:
+        running.round(1, score=False)
+        before = encode(running.state())
+        dict(running._score(running._node("root", 1), running.state()))
+        assert encode(running.state()) == before
+
+
+def test_parameters_are_contiguous_whatever_the_layout_of_the_model() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).to(memory_format=torch.channels_last)
+    assert not model[0].weight.is_contiguous()
+    assert Task(model).params["0.weight"].is_contiguous()
+
+
+@pytest.mark.parametrize("method", [FedAvg(), FedAvgTuned(), FedPer()])
+def test_a_client_s_model_is_common_weights_with_its_own_buffers(method: Method) -> None:
+    data = clients(per_client=8)
+    federation = engine(method, model=net(nn.BatchNorm1d(6)), data=data, buffers="local")
+    run(federation, 2)
+    model = federation.model_of("root/c1").state_dict()
+    assert torch.equal(
+        model["between.running_mean"],
+        federation.state("root/c1").group("buffers")["between.running_mean"],
+    )
+    holder = "root/c1" if isinstance(method, FedPer) else "root"
+    assert torch.equal(model["body.weight"], federation.state(holder).group("model")["body.weight"])
+
+
+def test_local_only_sends_nothing_on_a_deep_tree_either() -> None:
+    federation = engine(LocalOnly(), tree=Tree.grouped(clients(), 2))
+    assert all(visit.up == visit.down == 0 for visit in run(federation, 1)[0].visits)

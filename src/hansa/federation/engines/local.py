@@ -17,7 +17,13 @@ from typing import Literal, TypeVar
 import torch
 
 from hansa.data.clients import Client
-from hansa.federation.engines.workers import Pool, ThisProcess, Trained, Workers
+from hansa.federation.engines.workers import (
+    Pool,
+    ThisProcess,
+    Trained,
+    Workers,
+    check_sendable,
+)
 from hansa.federation.leaf import DivergedError, Leaf, Metrics
 from hansa.federation.message import Message, State
 from hansa.federation.methods.base import Method
@@ -90,6 +96,8 @@ class LocalEngine:
         self.store: Store = MemoryStore()
         self._workers: Workers = ThisProcess(Leaf(method, setup, seed), clients)
         self._threads = 1
+        if workers > 1:
+            check_sendable(Leaf(method, setup, seed), workers)
 
     def __enter__(self) -> "LocalEngine":
         if self.num_workers > 1:
@@ -135,7 +143,7 @@ class LocalEngine:
         A client of a method that keeps nothing at its clients holds the common model.
         """
         state = self.state(path)
-        if not state:
+        if path != ROOT and (not state or self.method.scored != "trained"):
             state = self._received(path)
         return self.setup.task.materialise(*self.method.model(self.setup, state))
 
@@ -223,13 +231,23 @@ class LocalEngine:
             held = self.store.get(path)
             if self.tree.is_leaf(path):
                 scores = self._workers.score(path, node.round, held, down)
-                return lambda: [(path, scores())]
+                return lambda: self._unless_dropped(path, scores)
             child = self._node(path, node.round)
             return lambda: self._score(child, self.method.receive(child, held, down))
 
         calls = (ask(path, down) for path, down in sent)
         for call in _ahead(calls, self._workers.ahead):
             yield from call()
+
+    def _unless_dropped(
+        self, path: str, scores: Callable[[], dict[str, Metrics]]
+    ) -> list[tuple[str, dict[str, Metrics]]]:
+        try:
+            return [(path, scores())]
+        except DivergedError:
+            if self.on_failure == "stop":
+                raise
+            return []
 
 
 def _ahead(calls: Iterator[T], num: int) -> Iterator[T]:

@@ -67,22 +67,11 @@ class Pool:
 
     Processes are spawned, not forked: a fork of a process whose PyTorch has started threads may
     hang. States and messages cross as their encoded bytes.
-
-    Raises:
-        InputError: the model's class cannot be found again in another process.
     """
 
     def __init__(self, num: int, leaf: Leaf, clients: Mapping[str, Client]) -> None:
         self.ahead = 2 * num
         context = torch.multiprocessing.get_context("spawn")
-        try:
-            pickle.dumps(leaf)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise InputError(
-                "engine.workers",
-                f"{num} with a model that cannot be sent to a process ({error})",
-                "1, or a model whose class stands in a module that can be imported",
-            ) from error
         self._executor = ProcessPoolExecutor(
             num, mp_context=context, initializer=_enter, initargs=(leaf, dict(clients))
         )
@@ -109,6 +98,22 @@ class Pool:
         self, call: Callable[..., Any], path: str, round_: int, state: State, down: Message
     ) -> Future[Any]:
         return self._executor.submit(call, path, round_, encode(state), encode(down))
+
+
+def check_sendable(leaf: Leaf, num: int) -> None:
+    """Refuse a model that other processes could not be given.
+
+    Raises:
+        InputError: the model's class cannot be found again in another process.
+    """
+    try:
+        pickle.dumps(leaf)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise InputError(
+            "engine.workers",
+            f"{num} with a model that cannot be sent to a process ({error})",
+            "1, or a model whose class stands in a module that can be imported",
+        ) from error
 
 
 _here: ThisProcess

@@ -17,7 +17,7 @@ class FedAvgTuned(FedAvg):
     """FedAvg, scored after local fine-tuning."""
 
     name: ClassVar[str] = "fedavg-tuned"
-    epochs: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1, strict=True)
     """Epochs of fine-tuning; by default as many as in a round."""
     scored: ClassVar[Scored] = "tuned"
 

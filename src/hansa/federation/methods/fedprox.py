@@ -18,7 +18,7 @@ class FedProx(FedAvg):
     """FedAvg whose local objective is F_k(w) + mu / 2 * ||w - w_received||^2."""
 
     name: ClassVar[str] = "fedprox"
-    mu: float = Field(0.01, ge=0, allow_inf_nan=False)
+    mu: float = Field(0.01, ge=0, allow_inf_nan=False, strict=True)
     """Weight of the proximal term; 0 is FedAvg."""
 
     def begin(self, node: Node, state: State) -> Work:

@@ -41,9 +41,9 @@ class FedSelect(Method):
 
     name: ClassVar[str] = "fedselect"
     mode: Literal["cvpr"] = "cvpr"
-    rate: float = Field(0.05, ge=0, le=1)
+    rate: float = Field(0.05, ge=0, le=1, strict=True)
     """Share p of the still shared entries of each tensor that become personal in a round."""
-    limit: float = Field(0.3, ge=0, le=1)
+    limit: float = Field(0.3, ge=0, le=1, strict=True)
     """Ceiling alpha on the personal share of each tensor."""
     reference: Literal["round-start", "last-update"] = "round-start"
     """What an entry's change is measured from: its value at the start of the round, or the

@@ -22,3 +22,7 @@ class LocalOnly(FedAvg):
     def end(self, node: Node, state: State, work: Work) -> tuple[State, Message]:
         """Return the trained model as the client's own, and an empty reply, which is not sent."""
         return super().end(node, state, work)[0], Message()
+
+    def reply(self, node: Node, state: State) -> Message:
+        """Return an empty reply, which is not sent."""
+        return Message()
