@@ -120,14 +120,16 @@ class Federation:
 
 
 def _check_model(model: nn.Module, clients: Mapping[str, Client]) -> None:
-    """Try the model on one sample of each client, and its labels against the number of logits."""
+    """Try the model on the clients' inputs, and their labels against the number of logits."""
     was = model.training
     model.eval()
+    pools: dict[int, tuple[str, Client]] = {}
     for name, client in clients.items():
-        inputs, _ = client.batch("train")
+        pools.setdefault(id(client.inputs), (name, client))
+    for name, client in pools.values():  # one client for all that share a pool
         try:
             with torch.no_grad():
-                classes = model(inputs[:1]).shape[1]
+                classes = model(client.batch("train")[0][:1]).shape[1]
         except Exception as error:  # a user's module may raise anything
             raise InputError(
                 "model", f"{error} on {name}'s data", "a model of its inputs"
