@@ -1,8 +1,10 @@
 """The real command: what it prints, and how it ends."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -45,6 +47,27 @@ def test_train_then_resume_then_report(tmp_path) -> None:
     page = hansa("report", run, "--json", cwd=tmp_path)
     assert json.loads(page.stdout) == {"report": str(run / "report.html")}
     assert (run / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path) -> None:
+    command = [HANSA, "train", EXAMPLES / "digits-local.toml", "--set", "rounds=10000"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    checkpoint = tmp_path / "runs" / "digits-local-seed0" / "checkpoint.json"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if checkpoint.exists() and json.loads(checkpoint.read_text())["round"] >= 1:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors == "hansa: stopped; train --resume RUN goes on after the last whole round\n"
 
 
 def test_examples_are_the_demo_s_configurations() -> None:

@@ -97,6 +97,9 @@ def demo(
 _UsageError: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
 
 
+_INTERRUPTED = 130  # what newer releases of Typer return after Ctrl-C
+
+
 def main() -> None:
     """Run the command line; wrong input ends in status 2 and one line, never in a traceback."""
     try:
@@ -110,8 +113,9 @@ def main() -> None:
     except _UsageError as error:
         _fail(" ".join(error.format_message().split()))
     except (KeyboardInterrupt, typer.Abort):
-        print("hansa: stopped; train --resume RUN goes on from here", file=sys.stderr)
-        sys.exit(1)
+        status = _INTERRUPTED
+    if status == _INTERRUPTED:
+        _fail("stopped; train --resume RUN goes on after the last whole round", 1)
     sys.exit(status or 0)
 
 
