@@ -64,7 +64,7 @@ def report(
     if json_:
         print(json.dumps({"report": str(page)}))
     else:
-        _print([_summary_of(run) for run in opened], False)
+        _print([run.summary() for run in opened], False)
         print(f"report: {page}")
 
 
@@ -85,7 +85,7 @@ def demo(
             watches.setdefault(name, _watch(progress, name))(run, result)
 
         runs, page = run_demo(output, seed, watch)
-    summaries = [_summary_of(run) for run in runs]
+    summaries = [run.summary() for run in runs]
     if json_:
         print(json.dumps({"runs": summaries, "report": str(page)}))
     else:
@@ -151,10 +151,6 @@ def _watch(progress: Progress, label: str) -> Any:
         progress.update(tasks[0], completed=result.number, note=note)
 
     return watch
-
-
-def _summary_of(run: Any) -> dict[str, Any]:
-    return {"run": str(run.path), "method": run.config.method.name, **run.history.summary()}
 
 
 def _print(summaries: list[dict[str, Any]], as_json: bool) -> None:

@@ -147,17 +147,17 @@ class Run:
         self.history.add(tables)
         self._store.prune()
 
+    def summary(self) -> dict[str, Any]:
+        """Return where the run lies, its method, and what it measured in a few numbers."""
+        about = {"run": str(self.path), "method": self.config.method.name}
+        return {**about, **self.history.summary()}
+
     def finish(self, common: bundle.Bundle | None) -> dict[str, Any]:
         """Gather the tables into one file each, and write and return the summary."""
         for name in SCHEMAS:  # `rounds` last, see `_tables`
             _write_table(self.path / f"{name}.parquet", self.history.table(name))
         shutil.rmtree(self.path / "parts", ignore_errors=True)
-        summary = {
-            "run": str(self.path),
-            "method": self.config.method.name,
-            **self.history.summary(),
-            "bundle": common.digest if common else None,
-        }
+        summary = {**self.summary(), "bundle": common.digest if common else None}
         write_atomic(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 

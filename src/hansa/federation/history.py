@@ -138,10 +138,9 @@ class History:
             if by_round:
                 last = list(by_round[max(by_round)].values())
                 metrics[metric] = spread(last, higher_is_better=metric == "accuracy")
-                chosen = self.chosen_round()
-                if metric == "accuracy" and chosen is not None:
-                    values = list(by_round[chosen].values())
-                    metrics["accuracy_chosen"] = {"round": chosen, **spread(values)}
+            if by_round and metric == "accuracy" and (chosen := self.chosen_round()) is not None:
+                values = list(by_round[chosen].values())
+                metrics["accuracy_chosen"] = {"round": chosen, **spread(values)}
         totals = self.bytes().values()
         return {
             "rounds": self.num_rounds,

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from hansa.errors import InputError
 from hansa.federation.message import MessageError, State
-from hansa.federation.wire import decode, encode, encoded_size
+from hansa.federation.wire import decode, encode
 from hansa.files import sync_folder
 
 _VERSION = f"{'[0-9]' * 8}.msg"
@@ -89,11 +89,12 @@ class DiskStore:
         versions = self._versions(key)
         if not versions:
             return State()
+        data = versions[-1].read_bytes()
         try:
-            state = decode(versions[-1].read_bytes())
+            state = decode(data)
         except MessageError as error:
             raise InputError(str(versions[-1]), f"a damaged state ({error})", "it whole") from error
-        self._keep(key, state)
+        self._keep(key, state, len(data))
         return state
 
     @property
@@ -106,9 +107,10 @@ class DiskStore:
         path = self._place(key) / f"{self._round:08d}.msg"
         self._places.add(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(state))
+        data = encode(state)
+        path.write_bytes(data)
         self._written[key] = path
-        self._keep(key, state)
+        self._keep(key, state, len(data))
 
     def commit(self, round_: int) -> None:
         """Bring everything written since the last commit to the disk.
@@ -150,12 +152,11 @@ class DiskStore:
     def _versions(self, key: str) -> list[Path]:
         return sorted(self._place(key).glob(_VERSION))
 
-    def _keep(self, key: str, state: State) -> None:
-        self._held -= self._sizes.pop(key, 0)
+    def _keep(self, key: str, state: State, size: int) -> None:
+        self._held += size - self._sizes.pop(key, 0)
         self._cache[key] = state
         self._cache.move_to_end(key)
-        self._sizes[key] = encoded_size(state)
-        self._held += self._sizes[key]
+        self._sizes[key] = size
         while self._held > self._limit and self._cache:
             oldest, _ = self._cache.popitem(last=False)
             self._held -= self._sizes.pop(oldest)

@@ -94,16 +94,15 @@ class LocalEngine:
         self.seed, self.on_failure, self.num_workers = seed, on_failure, workers
         self.participation = participation or Participation()
         self.store: Store = MemoryStore()
-        self._workers: Workers = ThisProcess(Leaf(method, setup, seed), clients)
+        self._leaf = Leaf(method, setup, seed)
+        self._workers: Workers = ThisProcess(self._leaf, clients)
         self._threads = 1
         if workers > 1:
-            check_sendable(Leaf(method, setup, seed), workers)
+            check_sendable(self._leaf, workers)
 
     def __enter__(self) -> "LocalEngine":
         if self.num_workers > 1:
-            self._workers = Pool(
-                self.num_workers, Leaf(self.method, self.setup, self.seed), self.clients
-            )
+            self._workers = Pool(self.num_workers, self._leaf, self.clients)
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
         return self

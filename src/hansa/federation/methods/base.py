@@ -110,9 +110,13 @@ class Method(BaseModel, ABC):
     def reply(self, node: Node, state: State) -> Message:
         """Return an inner node's message to its parent, from its state after ``aggregate``."""
 
-    @abstractmethod
     def model(self, setup: Setup, state: State) -> tuple[Tensors, Tensors]:
-        """Return parameters and buffers of the model that a node holds in a state."""
+        """Return parameters and buffers of the model that a node holds in a state.
+
+        Where the state holds only a part, initial values complete it.
+        """
+        params = {**setup.task.params, **state.group("model")}
+        return params, {**setup.task.buffers, **state.group("buffers")}
 
     def tune_epochs(self, setup: Setup) -> int:
         """Return the epochs of fine-tuning before scoring, where ``scored`` is ``tuned``."""

@@ -97,11 +97,6 @@ class FedAvg(Method):
         groups = _pick(state.groups, self.shared(node.setup))
         return Message(groups, {"weight": state.number("weight")}, state.metrics)
 
-    def model(self, setup: Setup, state: State) -> tuple[Tensors, Tensors]:
-        """Return the model in a state, completed by initial values where it holds a part."""
-        params = {**setup.task.params, **state.group("model")}
-        return params, {**setup.task.buffers, **state.group("buffers")}
-
 
 def _pick(groups: Groups, like: Groups) -> Groups:
     return {g: {name: groups[g][name] for name in names} for g, names in like.items() if names}

@@ -174,11 +174,6 @@ class FedSelect(Method):
         """
         raise NotImplementedError("FedSelect is defined on flat federations")
 
-    def model(self, setup: Setup, state: State) -> tuple[Tensors, Tensors]:
-        """Return a client's own model, or the common one from the root's state."""
-        params = {**setup.task.params, **state.group("model")}
-        return params, {**setup.task.buffers, **state.group("buffers")}
-
     def describe(self, setup: Setup, state: State) -> dict[str, tuple[float, float]]:
         """Return the personal share of each parameter, ``personal:NAME``, as (entries, of)."""
         masks = _mask(state.group("mask"), setup.task.params)
