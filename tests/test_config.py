@@ -2,6 +2,7 @@ import pytest
 
 from hansa.config import RunConfig, difference, load
 from hansa.errors import InputError
+from hansa.federation.methods import FedSelect
 
 BASE = {"rounds": 3, "data": {"clients": 4}, "method": {"name": "fedselect", "rate": 0.1}}
 
@@ -34,7 +35,10 @@ def test_overrides_leave_the_given_values_alone() -> None:
         ("trainin.lr=1", "trainin: found an unknown key; allowed: .*did you mean training"),
         ("training.learning_rate=1", "training.learning_rate: found an unknown key; .*lr"),
         ("method.name=fedsel", "method.name: found 'fedsel'; allowed: local, fedavg,"),
-        ("method.alpha=1", "method.alpha: found an unknown key; allowed: name, mode, rate, limit"),
+        (
+            "method.alpha=1",
+            "method.alpha: found an unknown key; allowed: name, weighting, mode, rate, limit",
+        ),
         ("method=3", "method: found 3; allowed: a table"),
         ("data.partition.kind=pie", "data.partition.kind: found 'pie'; allowed: 'iid', 'shards'"),
         ("data.partition.classes=2", "data.partition.kind: found nothing"),
@@ -64,12 +68,7 @@ def test_difference_names_the_keys() -> None:
     first, second = load(BASE), load(BASE, ["training.lr=7", "rounds=4"])
     assert difference(first, second) == ["rounds", "training.lr"]
     assert difference(first, load(BASE, ["method={name='local'}"])) == [
-        "method.limit",
-        "method.mode",
-        "method.name",
-        "method.rate",
-        "method.reference",
-        "method.weighting",
+        f"method.{key}" for key in sorted({"name", *FedSelect.model_fields})
     ]
 
 

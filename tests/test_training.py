@@ -46,6 +46,7 @@ def test_a_run_folder_holds_configuration_tables_states_and_bundle(tmp_path) -> 
         "states",
         "scores.parquet",
         "ledger.parquet",
+        "pairs.parquet",
         "rounds.parquet",
         "summary.json",
         "bundle",
@@ -53,7 +54,7 @@ def test_a_run_folder_holds_configuration_tables_states_and_bundle(tmp_path) -> 
     again = hansa.Run(run.path)
     assert again.config == run.config
     assert again.round == 4
-    for name in ("scores", "ledger", "rounds"):
+    for name in ("scores", "ledger", "pairs", "rounds"):
         assert pq.read_table(run.path / f"{name}.parquet").equals(run.history.table(name))
         assert again.history.table(name).equals(run.history.table(name))
 

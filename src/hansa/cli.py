@@ -50,6 +50,70 @@ def train(
 
 
 @app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="Configuration in TOML.")],
+    methods: Annotated[
+        str, typer.Option(help="Methods, or labels of [methods.LABEL]: local,fedavg,fedselect")
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs.")] = "0,1,2",
+    processes: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key: training.lr=0.1")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The page to write.")] = None,
+    json_: Json = False,
+) -> None:
+    """Run several methods on several seeds, test their differences, and write one report.
+
+    Finished runs are kept and interrupted ones go on: the same command continues the work.
+    """
+    from hansa.compare import compare as run_grid
+
+    try:
+        numbers = [int(part) for part in _parts(seeds)]
+    except ValueError as error:
+        raise InputError("--seeds", repr(seeds), "whole numbers, such as 0,1,2") from error
+    with _progress("run") as progress:
+        task = progress.add_task("comparing", total=None, note="")
+
+        def watch(done: int, total: int, run: Any) -> None:
+            accuracy = run.history.summary()["metrics"]["accuracy"]["mean"]
+            note = f"{run.path.name} {accuracy:.3f}"
+            progress.update(task, completed=done, total=total, note=note)
+
+        found = run_grid(
+            config,
+            _parts(methods),
+            numbers,
+            overrides=set_ or (),
+            processes=processes,
+            watch=watch,
+        )
+    page = found.report(out)
+    if json_:
+        pairs = [vars(pair) for pair in found.pairs]
+        print(json.dumps({"methods": found.rows, "pairs": pairs, "report": str(page)}))
+    else:
+        _print_comparison(found)
+        print(f"report: {page}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    client: Annotated[str, typer.Argument(help="Name of a client.")],
+    out: Annotated[Path | None, typer.Option(help="The bundle to write.")] = None,
+    json_: Json = False,
+) -> None:
+    """Write a client's own model out of a run, as a bundle."""
+    from hansa.export import export as write_model
+
+    path = out or run / "clients" / client
+    digest = write_model(run, client, path).digest
+    print(json.dumps({"bundle": str(path), "digest": digest}) if json_ else f"bundle: {path}")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, compared on one page.")],
     out: Annotated[Path | None, typer.Option(help="The page to write.")] = None,
@@ -124,12 +188,16 @@ def _fail(line: str, status: int = 2) -> None:
     sys.exit(status)
 
 
-def _progress() -> Progress:
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _progress(unit: str = "round") -> Progress:
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description:<14}"),
         BarColumn(24),
-        TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn(unit + " {task.completed:.0f}/{task.total:.0f}"),
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
         console=console,
@@ -175,6 +243,31 @@ def _print(summaries: list[dict[str, Any]], as_json: bool) -> None:
     Console().print(table)
     for summary in summaries:
         print(f"run: {summary['run']}")
+
+
+def _print_comparison(found: Any) -> None:
+    from hansa.report.comparison import percent
+    from hansa.report.plots import size
+
+    reference = next(iter(found.rows))
+    against = {pair.second: pair for pair in found.pairs if pair.first == reference}
+    table = Table(
+        caption=f"test accuracy, mean and standard deviation over seeds; difference to {reference} "
+        "in points, with the p-value of a paired test over all clients (see the report)"
+    )
+    for name in ("method", "accuracy", "worst tenth", f"- {reference}", "p", "bytes"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for label, row in found.rows.items():
+        pair = against.get(label)
+        table.add_row(
+            label,
+            percent(row["accuracy"]),
+            percent(row["worst_tenth"]),
+            f"{-100 * pair.difference:+.1f}" if pair else "",
+            f"{pair.p:.3f}" if pair else "",
+            size(row["bytes"]),
+        )
+    Console().print(table)
 
 
 _SCORES = ("mean", "std", "worst_tenth")

@@ -13,6 +13,7 @@ from hansa.data.federate import DataOptions
 from hansa.data.partition import Partition
 from hansa.errors import InputError
 from hansa.federation.methods import METHODS, FedAvg, Method
+from hansa.federation.node import Buffers
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
 
@@ -28,8 +29,9 @@ class ModelOptions(_Section):
     """``mlp``, ``cnn``, ``resnet18`` or ``module:Class``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the model's class."""
-    buffers: Literal["averaged", "local"] = "averaged"
-    """Running statistics (BatchNorm): averaged like parameters, or local to each client."""
+    buffers: Buffers = "averaged"
+    """Running statistics (BatchNorm): averaged like parameters, local to each client, or, with a
+    method that has masks, personal where their layer's weights are."""
     bundle: str | None = None
     """Folder of a bundle whose weights are the initial values; it must hold this model."""
 
@@ -63,6 +65,8 @@ class RunConfig(_Section):
     """Rounds of the federation."""
     score_every: int = Field(1, ge=0, strict=True)
     """Rounds between scores; the last round is always scored, 0 scores no other."""
+    compare_up_to: int = Field(25, ge=0, strict=True)
+    """Most clients whose models and masks are compared two by two after the last round."""
     on_failure: Literal["stop", "drop"] = "stop"
     """A client whose loss is no number stops the run, or is dropped from its round."""
     data: DataOptions = DataOptions()
@@ -94,7 +98,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     Raises:
         InputError: naming the first key that is wrong, what was found and what is allowed.
     """
-    values = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    values = dict(source) if isinstance(source, Mapping) else read(Path(source))
     for override in overrides:
         values = _override(values, override)
     return _validate(values)
@@ -116,7 +120,12 @@ def _difference(first: dict[str, Any], second: dict[str, Any], prefix: str = "")
     return keys
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """Return the values of a TOML file.
+
+    Raises:
+        InputError: no such file, or no TOML.
+    """
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:

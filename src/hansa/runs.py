@@ -9,7 +9,8 @@
     states of nodes, as encoded messages.
 ``parts/``
     tables of single rounds, until the run ends.
-``scores.parquet``, ``ledger.parquet``, ``rounds.parquet``, ``summary.json``, ``bundle/``
+``scores.parquet``, ``ledger.parquet``, ``pairs.parquet``, ``rounds.parquet``, ``summary.json``,
+``bundle/``
     the result.
 """
 
@@ -33,7 +34,7 @@ from hansa.federation.history import SCHEMAS, History, tables_of
 from hansa.federation.store import DiskStore
 from hansa.files import sync_folder, write_atomic
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Run:
@@ -89,6 +90,11 @@ class Run:
     def round(self) -> int:
         """The last whole round; 0 before the first."""
         return int(self.checkpoint["round"])
+
+    @property
+    def data_fingerprint(self) -> str:
+        """SHA-256 over the data that the run stands on; empty before its start."""
+        return str(self.checkpoint.get("data", ""))
 
     @contextmanager
     def claimed(self, config: RunConfig, facts: dict[str, Any]) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """The train stage: a configuration in, a run folder out. ``hansa train`` is this function."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,12 @@ from torch import nn
 
 from hansa import bundle
 from hansa.config import RunConfig, difference, load
-from hansa.data.federate import federate
+from hansa.data.federate import FederatedData, federate
 from hansa.errors import InputError
 from hansa.federation.engines.local import RoundResult
 from hansa.federation.federation import Federation
 from hansa.federation.leaf import DivergedError
-from hansa.federation.message import MessageError
+from hansa.federation.message import MessageError, Tensors
 from hansa.federation.tree import ROOT, Tree
 from hansa.models import Architecture, build
 from hansa.runs import Run
@@ -44,55 +45,101 @@ def train(
         InputError: input that cannot be used, a loss that is no number included.
     """
     wanted, run = _open(config, overrides, resume)
-    data = federate(wanted.data, wanted.seed)
-    parent = bundle.read_bundle(Path(wanted.model.bundle)) if wanted.model.bundle else None
+    trial = prepare(wanted)
+    # The folder is made last, so that wrong input leaves nothing behind.
+    run = Run.create(wanted) if run is None else run
+    with run.claimed(wanted, trial.facts):
+        trial.federation.keep_states_in(run.store(), run.round)
+        _rounds(run, trial.federation, watch)
+        common = None
+        if wanted.method.common:
+            weights = trial.federation.model_of(ROOT).state_dict()
+            metrics = run.history.summary()["metrics"]
+            common = trial.write_bundle(run.path / "bundle", "train", weights, metrics)
+        run.finish(common)
+    return run
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A configuration made real: its data, model and federation, ready to run or to read."""
+
+    config: RunConfig
+    data: FederatedData
+    architecture: Architecture
+    parent: bundle.Bundle | None
+    federation: Federation
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run of it stands on, as JSON values."""
+        return {
+            "data": self.data.fingerprint,
+            "bundle": self.parent.digest if self.parent else "none",
+            "clients": len(self.data.clients),
+            "classes": list(self.data.classes),
+        }
+
+    def write_bundle(
+        self,
+        path: Path,
+        stage: str,
+        weights: Tensors,
+        metrics: Mapping[str, Any],
+        masks: Tensors | None = None,
+        parent: bundle.Bundle | None = None,
+    ) -> bundle.Bundle:
+        """Write a model of this federation as a bundle with its provenance.
+
+        Raises:
+            InputError: the path holds something that is no bundle.
+        """
+        config = self.config.as_dict()
+        return bundle.write(
+            path,
+            stage=stage,
+            weights=weights,
+            architecture=self.architecture.model_dump(mode="json"),
+            config={key: value for key, value in config.items() if key not in _NOT_PROVENANCE},
+            seed=self.config.seed,
+            data=self.data.fingerprint,
+            metrics=metrics,
+            masks=masks,
+            parent=parent or self.parent,
+        )
+
+
+def prepare(config: RunConfig) -> Trial:
+    """Read the data, build the model, and set up the federation of a configuration.
+
+    Raises:
+        InputError: input that cannot be used.
+    """
+    data = federate(config.data, config.seed)
+    parent = bundle.read_bundle(Path(config.model.bundle)) if config.model.bundle else None
     architecture = Architecture(
-        name=wanted.model.name,
-        options=wanted.model.options,
+        name=config.model.name,
+        options=config.model.options,
         shape=data.shape,
         classes=len(data.classes),
     )
-    model = build(architecture, wanted.seed)
+    model = build(architecture, config.seed)
     if parent is not None:
-        _take_weights(model, parent, wanted)
+        _take_weights(model, parent, config)
     federation = Federation(
         model,
         data.clients,
-        wanted.method,
-        wanted.training,
-        seed=wanted.seed,
-        participation=wanted.participation,
-        buffers=wanted.model.buffers,
-        tree=Tree.grouped(data.clients, wanted.tree.federations),
-        workers=wanted.engine.workers,
-        on_failure=wanted.on_failure,
+        config.method,
+        config.training,
+        seed=config.seed,
+        participation=config.participation,
+        buffers=config.model.buffers,
+        tree=Tree.grouped(data.clients, config.tree.federations),
+        workers=config.engine.workers,
+        on_failure=config.on_failure,
+        compare_up_to=config.compare_up_to,
     )
-    # The folder is made last, so that wrong input leaves nothing behind.
-    run = Run.create(wanted) if run is None else run
-    facts = {
-        "data": data.fingerprint,
-        "bundle": parent.digest if parent else "none",
-        "clients": len(data.clients),
-        "classes": list(data.classes),
-    }
-    with run.claimed(wanted, facts):
-        federation.keep_states_in(run.store())
-        _rounds(run, federation, watch)
-        common = None
-        if wanted.method.common:
-            common = bundle.write(
-                run.path / "bundle",
-                stage="train",
-                weights=federation.model_of(ROOT).state_dict(),
-                architecture=architecture.model_dump(mode="json"),
-                config={k: v for k, v in wanted.as_dict().items() if k not in _NOT_PROVENANCE},
-                seed=wanted.seed,
-                data=data.fingerprint,
-                metrics=run.history.summary()["metrics"],
-                parent=parent,
-            )
-        run.finish(common)
-    return run
+    return Trial(config, data, architecture, parent, federation)
 
 
 def _rounds(run: Run, federation: Federation, watch: Watch | None) -> None:

@@ -45,6 +45,46 @@ class WeightedMean:
         return means
 
 
+class MaskedMean:
+    """Entry by entry the weighted mean over those who share it, summed in float64 as they come.
+
+    Args:
+        like: name -> tensor whose shapes and dtypes the mean takes.
+    """
+
+    def __init__(self, like: Tensors) -> None:
+        self._like = like
+        # -0.0 is what adds nothing to any number, 0.0 included.
+        self._sums = {n: torch.full(t.shape, -0.0, dtype=torch.float64) for n, t in like.items()}
+        self._weights = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in like.items()}
+
+    def add(self, tensors: Tensors, mask: Tensors, weight: float) -> None:
+        """Add one reply: tensors of full shape, and masks that are False where they count.
+
+        Raises:
+            ValueError: a negative or non-finite weight.
+        """
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"a weight must be finite and not negative, not {weight}")
+        for name, tensor in tensors.items():
+            self._sums[name] += torch.where(mask[name], -0.0, tensor.double() * weight)
+            self._weights[name] += ~mask[name] * weight
+
+    def sent(self) -> dict[str, torch.Tensor]:
+        """Return bool tensors, True where somebody shares an entry."""
+        return {name: weights > 0 for name, weights in self._weights.items()}
+
+    def result(self, vacant: Tensors) -> dict[str, torch.Tensor]:
+        """Return the mean in each tensor's own dtype, and ``vacant`` where nobody shares."""
+        means = {}
+        for name, total in self._sums.items():
+            weights, dtype = self._weights[name], self._like[name].dtype
+            mean = total / weights
+            mean = (mean if dtype.is_floating_point else mean.nan_to_num().round()).to(dtype)
+            means[name] = torch.where(weights > 0, mean, vacant[name])
+        return means
+
+
 def add_metrics(
     total: dict[str, tuple[float, float]], metrics: Mapping[str, tuple[float, float]]
 ) -> None:

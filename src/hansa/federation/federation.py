@@ -1,7 +1,7 @@
 """A federation of one's own objects: a module, clients, a method."""
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -10,8 +10,10 @@ from hansa.data.clients import Client
 from hansa.errors import InputError
 from hansa.federation.engines.local import LocalEngine, RoundResult
 from hansa.federation.history import History, tables_of
+from hansa.federation.leaf import Newcomer
+from hansa.federation.message import Tensors
 from hansa.federation.methods.base import Method
-from hansa.federation.node import Setup
+from hansa.federation.node import Buffers, Setup
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
 from hansa.federation.store import Store
@@ -36,10 +38,13 @@ class Federation:
         training: optimizer and local work.
         seed: everything random in the run is derived from it.
         participation: who is asked, fails or is late.
-        buffers: ``averaged``: running statistics travel; ``local``: each client keeps its own.
+        buffers: ``averaged``: running statistics travel; ``local``: each client keeps its own;
+            ``personal``: each of their entries follows the mask of its layer's weight.
         tree: the federation's shape over the clients' names; flat by default.
         workers: processes that train clients.
         on_failure: whether a client whose loss is no number stops the run or is dropped.
+        compare_up_to: most clients that are compared two by two after the last round: every own
+            model on every client's test data, every mask with every other.
 
     Raises:
         InputError: a model that does not fit the clients' inputs and labels, clients that are not
@@ -56,10 +61,11 @@ class Federation:
         *,
         seed: int = 0,
         participation: Participation | None = None,
-        buffers: Literal["averaged", "local"] = "averaged",
+        buffers: Buffers = "averaged",
         tree: Tree | None = None,
         workers: int = 1,
         on_failure: Literal["stop", "drop"] = "stop",
+        compare_up_to: int = 25,
     ) -> None:
         self.tree = Tree.flat(clients) if tree is None else tree
         paths = {name_of(path): path for path in self.tree.leaves()}
@@ -69,15 +75,17 @@ class Federation:
         if not isinstance(method, Method):
             raise InputError("method", repr(method), "a method such as FedAvg()")
         for key, value, allowed in (
-            ("buffers", buffers, ("averaged", "local")),
+            ("buffers", buffers, get_args(Buffers)),
             ("on_failure", on_failure, ("stop", "drop")),
         ):
             if value not in allowed:
                 raise InputError(key, repr(value), " or ".join(allowed))
         _check_model(model, clients)
-        self.setup = Setup(Task(model), training or Training(), buffers)
+        self.setup = Setup(Task(model), training or Training(), buffers, seed)
         method.check(self.setup, self.tree.depth)
         _check_batches(model, clients, self.setup.training.batch_size)
+        _check_newcomers(participation or Participation(), self.tree)
+        self._compare_up_to = compare_up_to
         self._paths = paths | {ROOT: ROOT}
         self._engine = LocalEngine(
             self.tree,
@@ -94,11 +102,15 @@ class Federation:
         """Run rounds ``first`` to ``last``, yielding each as it ends.
 
         Every ``score_every``-th round and the last one are scored; 0 scores the last one only.
+        After the last one clients are compared two by two, where there are at most
+        ``compare_up_to`` of them.
         """
+        few = len(self._paths) - 1 <= self._compare_up_to
         with self._engine as engine:
             for number in range(first, last + 1):
                 due = score_every > 0 and number % score_every == 0
-                yield engine.round(number, score=due or number == last)
+                ends = number == last
+                yield engine.round(number, score=due or ends, pairs=ends and few)
 
     def run(self, rounds: int, score_every: int = 1) -> History:
         """Run a number of rounds and return what they measured."""
@@ -110,13 +122,68 @@ class Federation:
         Raises:
             InputError: no such node.
         """
+        return self._engine.model_of(self._path(name))
+
+    def masks_of(self, name: str) -> Tensors:
+        """Return a client's masks by parameter, True where an entry is its own.
+
+        Returns:
+            Nothing for a method without masks.
+
+        Raises:
+            InputError: no such node.
+        """
+        path = self._path(name)
+        return {} if path == ROOT else self._engine.masks_of(path)
+
+    def onboard(self, name: str, client: Client, epochs: int | None = None) -> "Newcomer":
+        """Let a client that was never part of the federation join it, and score it twice.
+
+        It receives what the method sends to a newcomer, is scored, trains locally, and is scored
+        again. The federation itself stays as it is.
+
+        Args:
+            name: what the client is called; its random draws depend on it.
+            client: what it holds.
+            epochs: epochs of its training, by default as many as in a round.
+
+        Raises:
+            InputError: a name that is taken, a client without test data, or a deeper tree.
+        """
+        if name in self._paths:
+            raise InputError("name", repr(name), "a name that no client has")
+        if self.tree.depth > 1:
+            raise InputError("tree", f"depth {self.tree.depth}", "a flat federation")
+        if not client.count("test"):
+            raise InputError("client", "no test data", "a client with test data")
+        _check_model(self.setup.task.module, {name: client})
+        return self._engine.onboard(name, client, epochs or self.setup.training.epochs)
+
+    def _path(self, name: str) -> str:
         if name not in self._paths:
             raise InputError("name", repr(name), f"one of {', '.join(self._paths)}")
-        return self._engine.model_of(self._paths[name])
+        return self._paths[name]
 
-    def keep_states_in(self, store: Store) -> None:
-        """Keep the nodes' states in a store, and go on from those that it holds."""
-        self._engine.store = store
+    def keep_states_in(self, store: Store, rounds: int = 0) -> None:
+        """Keep the nodes' states in a store, and go on from those that it holds.
+
+        Args:
+            store: the states.
+            rounds: the number of rounds they have behind them.
+        """
+        self._engine.store, self._engine.rounds_done = store, rounds
+
+
+def _check_newcomers(participation: Participation, tree: Tree) -> None:
+    """Refuse newcomers where nobody would be there before them, or below inner nodes."""
+    if not participation.newcomers:
+        return
+    if tree.depth > 1:
+        raise InputError("participation.newcomers", "a tree of federations", "a flat federation")
+    if participation.newcomers >= len(tree.children(ROOT)):
+        raise InputError(
+            "participation.newcomers", participation.newcomers, "fewer than there are clients"
+        )
 
 
 def _check_model(model: nn.Module, clients: Mapping[str, Client]) -> None:

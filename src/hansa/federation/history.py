@@ -36,6 +36,17 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("error", pa.string()),
         ]
     ),
+    # One row per ordered pair of clients (accuracy) or per two of them (iou), see RoundResult.
+    "pairs": pa.schema(
+        [
+            ("round", pa.int32()),
+            ("first", pa.string()),
+            ("second", pa.string()),
+            ("metric", pa.string()),
+            ("sum", pa.float64()),
+            ("count", pa.float64()),
+        ]
+    ),
     "rounds": pa.schema([("round", pa.int32()), ("seconds", pa.float64())]),
 }
 
@@ -57,6 +68,7 @@ def tables_of(result: RoundResult) -> dict[str, pa.Table]:
     rows: dict[str, list[tuple[Any, ...]]] = {
         "scores": scores,
         "ledger": ledger,
+        "pairs": [(result.number, *pair) for pair in result.pairs],
         "rounds": [(result.number, result.seconds)],
     }
     return {
@@ -83,7 +95,7 @@ class History:
             self._parts[name].append(table)
 
     def table(self, name: str) -> pa.Table:
-        """Return one table whole: ``scores``, ``ledger`` or ``rounds``."""
+        """Return one table whole: ``scores``, ``ledger``, ``pairs`` or ``rounds``."""
         self._parts[name] = [pa.concat_tables(self._parts[name])]
         return self._parts[name][0]
 
@@ -103,6 +115,18 @@ class History:
                 leaf = name_of(row["node"])
                 values.setdefault(row["round"], {})[leaf] = row["sum"] / row["count"]
         return values
+
+    def pairs(self, metric: str) -> dict[tuple[str, str], float]:
+        """Return (first, second) -> value of the last round in which clients were compared."""
+        table = self.table("pairs")
+        if not len(table):
+            return {}
+        last = table["round"].to_numpy().max()
+        return {
+            (name_of(row["first"]), name_of(row["second"])): row["sum"] / row["count"]
+            for row in table.to_pylist()
+            if row["round"] == last and row["metric"] == metric and row["count"]
+        }
 
     def bytes(self) -> dict[int, tuple[int, int]]:
         """Return round -> (up, down), bytes summed over all edges of the tree."""

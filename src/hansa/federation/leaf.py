@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from hansa.data.clients import Client, Split
-from hansa.federation.message import Message, State
+from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Method, Work
 from hansa.federation.node import Node, Setup
 from hansa.federation.tree import name_of
@@ -34,6 +34,25 @@ class DivergedError(ArithmeticError):
 
 
 @dataclass(frozen=True)
+class Newcomer:
+    """What a client that joins late is worth at once, and after local training.
+
+    Attributes:
+        before: metrics as (sum, count) of what it received, on its test data.
+        after: the same after its local training.
+        params: name -> parameter of its model then.
+        buffers: name -> buffer of its model then.
+        masks: its masks, where the method has any.
+    """
+
+    before: Metrics
+    after: Metrics
+    params: Tensors
+    buffers: Tensors
+    masks: Tensors
+
+
+@dataclass(frozen=True)
 class Leaf:
     """Runs leaves of one federation: the method, what all nodes share, the run's seed."""
 
@@ -49,9 +68,9 @@ class Leaf:
         Raises:
             DivergedError: the training loss or the weights became infinite or NaN.
         """
-        node = Node(path, round_, client.count("train"), self.setup)
+        node = self._node(path, round_, client)
         state = self.method.receive(node, state, down)
-        work = self._fit(node, state, client, self.setup.training.epochs)
+        work = self._fit(node, self.method.begin(node, state), client, self.setup.training.epochs)
         sums = {name: float(total) for name, total in work["metrics"].items()}
         count = sums.pop("count")
         metrics = {name: (total, count) for name, total in sums.items()}
@@ -69,12 +88,13 @@ class Leaf:
         Raises:
             DivergedError: the loss is infinite or NaN.
         """
-        node = Node(path, round_, client.count("train"), self.setup)
+        node = self._node(path, round_, client)
         if self.method.scored != "trained" or not state:
             state = self.method.receive(node, state, down)
         params, buffers = self.method.model(self.setup, state)
         if self.method.scored == "tuned":
-            work = self._fit(node, state, client, self.method.tune_epochs(self.setup))
+            epochs = self.method.tune_epochs(self.setup)
+            work = self._fit(node, self.method.tune(node, state), client, epochs)
             params, buffers = work["params"], work["buffers"]
         with global_stream(self.seed, path, round_, "score"):
             scores: dict[str, Metrics] = {
@@ -86,23 +106,61 @@ class Leaf:
             _check_finite(node, metrics["loss"][0])
         return {**scores, "state": self.method.describe(self.setup, state)}
 
-    def _fit(self, node: Node, state: State, client: Client, epochs: int) -> Work:
-        work = self.method.begin(node, state)
+    def onboard(
+        self, path: str, round_: int, client: Client, down: Message, epochs: int
+    ) -> Newcomer:
+        """Return what a newcomer is worth before and after its first local training.
+
+        Raises:
+            DivergedError: the training loss or the weights became infinite or NaN.
+        """
+        method, task, test = self.method, self.setup.task, client.batch("test")
+        node = self._node(path, round_, client)
+        state = method.receive(node, State(), down)
+        before = task.evaluate(*method.model(self.setup, state), test)
+        tuned = method.scored == "tuned"
+        work = self._fit(
+            node, (method.tune if tuned else method.begin)(node, state), client, epochs
+        )
+        model: tuple[Tensors, Tensors] = (work["params"], work["buffers"])
+        state, _ = method.end(node, state, work)
+        if method.scored == "trained":
+            model = method.model(self.setup, state)
+        masks = method.masks(self.setup, state)
+        return Newcomer(before, task.evaluate(*model, test), *model, masks)
+
+    def cross(self, client: Client, params: Tensors, buffers: Tensors) -> tuple[float, float]:
+        """Return the test accuracy of any model on a client's data as (sum, count)."""
+        return self.setup.task.evaluate(params, buffers, client.batch("test"))["accuracy"]
+
+    def _node(self, path: str, round_: int, client: Client) -> Node:
+        split: Split = "validation" if client.count("validation") else "train"
+
+        def validate(params: Tensors, buffers: Tensors) -> Metrics:
+            return self.setup.task.evaluate(params, buffers, client.batch(split))
+
+        return Node(path, round_, client.count("train"), self.setup, validate=validate)
+
+    def _fit(self, node: Node, work: Work, client: Client, epochs: int) -> Work:
         data = client.batch("train")
-        phases = self.method.phases(work)
         with global_stream(self.seed, node.path, node.round, "training"):
-            for epoch in range(epochs):
-                order = torch.randperm(
-                    node.samples, generator=generator(self.seed, node.path, node.round, epoch)
-                )
-                for phase in phases:
-                    for batch in _batches(data, order, self.setup.training.batch_size):
-                        work = self.method.step(self.setup, work, batch, phase)
+            for stage, num in self.method.stages(node, work, epochs):
+                phases = self.method.phases(work, stage)
+                # What a method does beside ordinary training must not shift the order of that.
+                key = () if stage == "train" else (stage,)
+                for epoch in range(num):
+                    rng = generator(self.seed, node.path, node.round, *key, epoch)
+                    order = torch.randperm(node.samples, generator=rng)
+                    for phase in phases:
+                        for batch in _batches(data, order, self.setup.training.batch_size):
+                            work = self.method.step(self.setup, work, batch, phase)
+                work = self.method.after(node, work, stage)
         # One look after the last step is enough: a sum that was NaN once stays so.
         _check_finite(node, float(work["metrics"]["loss"]))
-        for name, tensor in [*work["params"].items(), *work["buffers"].items()]:
-            if not tensor.isfinite().all():
-                raise DivergedError(node.path, node.round, f"{name} is not finite")
+        for group in work.values():
+            for name, tensor in group.items():
+                if not tensor.isfinite().all():
+                    raise DivergedError(node.path, node.round, f"{name} is not finite")
         return work
 
 

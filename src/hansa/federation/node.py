@@ -1,11 +1,15 @@
 """Where a step of a method runs: the run's setup, the node, its children and their replies."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.optimizer import Training
 from hansa.models.task import Task
+
+Buffers = Literal["averaged", "local", "personal"]
+Validate = Callable[[Tensors, Tensors], Mapping[str, tuple[float, float]]]
 
 
 @dataclass(frozen=True)
@@ -14,23 +18,38 @@ class Setup:
 
     task: Task
     training: Training
-    buffers: Literal["averaged", "local"] = "averaged"
-    """Whether running statistics travel and are averaged, or stay at their client."""
+    buffers: Buffers = "averaged"
+    """Whether running statistics travel and are averaged, stay at their client, or follow the
+    mask of their layer (methods with masks)."""
+    seed: int = 0
+    """The run's seed, for what a method draws at a node."""
 
     @property
     def shared_buffers(self) -> Tensors:
         """The buffers that travel, at their initial values."""
-        return self.task.buffers if self.buffers == "averaged" else {}
+        return {} if self.buffers == "local" else self.task.buffers
 
 
 @dataclass(frozen=True)
 class Node:
-    """Where and when a step runs."""
+    """Where and when a step runs.
+
+    Attributes:
+        path: the node.
+        round: the round, counted from 1; 0 outside of any.
+        samples: training samples of the node itself.
+        setup: what is the same at every node.
+        num_children: children of the node, those not asked included.
+        validate: at a leaf, parameters and buffers -> metrics as (sum, count) on its validation
+            data, or on its training data where it has none for validation.
+    """
 
     path: str
     round: int
     samples: int
     setup: Setup
+    num_children: int = 0
+    validate: Validate | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class Training(BaseModel):
     """Decay rates of Adam's two moments."""
     epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False, strict=True)
     """Added to Adam's denominator."""
+    clip_norm: float | None = Field(None, gt=0, allow_inf_nan=False, strict=True)
+    """Euclidean norm over all gradients, of masked entries as well, to which they are cut down."""
     epochs: int = Field(1, ge=1, lt=2**31, strict=True)
     """Local passes over a client's training data per round."""
     batch_size: int = Field(32, ge=1, lt=2**31, strict=True)
@@ -69,6 +71,8 @@ class Training(BaseModel):
             phase: Adam's bias correction counts the steps of each phase apart, since an entry
                 that a phase masks does not live through its steps.
         """
+        if self.clip_norm is not None:
+            gradients = _clipped(gradients, self.clip_norm)
         out = dict(params)
         new: Memory = {part: dict(tensors) for part, tensors in memory.items()}
         for name, gradient in gradients.items():
@@ -106,6 +110,17 @@ class Training(BaseModel):
         unbiased = (second / (1 - self.betas[1] ** step)).sqrt() + self.epsilon
         change = first / (1 - self.betas[0] ** step) / unbiased
         return value - self.lr * change, {"first": first, "second": second}
+
+
+def _clipped(
+    gradients: Mapping[str, torch.Tensor | None], most: float
+) -> dict[str, torch.Tensor | None]:
+    """Return gradients whose common norm is at most ``most``."""
+    norms = [torch.linalg.vector_norm(g) for g in gradients.values() if g is not None]
+    if not norms:
+        return dict(gradients)
+    scale = (most / torch.linalg.vector_norm(torch.stack(norms))).clamp(max=1.0)
+    return {name: g if g is None else g * scale for name, g in gradients.items()}
 
 
 def _zeros(params: Tensors) -> dict[str, torch.Tensor]:

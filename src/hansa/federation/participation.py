@@ -23,6 +23,12 @@ class Participation(BaseModel):
 
     fraction: float = Field(1.0, gt=0, le=1, strict=True)
     """Share of the children asked in a round; at least one child."""
+    sampling: Literal["rounds", "once"] = "rounds"
+    """Whether the children asked are drawn anew in every round, or once for the whole run."""
+    newcomers: int = Field(0, ge=0, strict=True)
+    """Clients, the last in path order, that nobody asks before ``join_round``."""
+    join_round: int = Field(2, ge=2, strict=True)
+    """First round in which newcomers may be asked."""
     failure_rate: float = Field(0.0, ge=0, lt=1, strict=True)
     """Chance that a child that was asked fails before it answers."""
     deadline: float | None = Field(None, gt=0, allow_inf_nan=False, strict=True)
@@ -34,10 +40,13 @@ class Participation(BaseModel):
 
     def choose(self, children: Sequence[str], seed: int, path: str, round_: int) -> list[str]:
         """Return the children asked in this round, in order, drawn without replacement."""
+        if self.newcomers and round_ < self.join_round:
+            children = children[: -self.newcomers]
         count = max(1, math.floor(self.fraction * len(children) + 0.5))
         if count >= len(children):
             return list(children)
-        stream = numpy_generator(seed, path, round_, "participation")
+        when = round_ if self.sampling == "rounds" else "once"
+        stream = numpy_generator(seed, path, when, "participation")
         return [children[k] for k in sorted(stream.permutation(len(children))[:count])]
 
     def seconds(self, seed: int, path: str, steps: int) -> float:

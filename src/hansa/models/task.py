@@ -74,12 +74,12 @@ class Task:
         }
 
     def gradients(
-        self, params: Tensors, buffers: Tensors, batch: Batch
+        self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True
     ) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor], Metrics]:
         """Return gradients (None where a parameter had no part), new buffers, and metrics."""
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         buffers = {name: b.clone() for name, b in buffers.items()}
-        loss, metrics = self.loss(leaves, buffers, batch)
+        loss, metrics = self.loss(leaves, buffers, batch, training)
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         return dict(zip(leaves, gradients, strict=True)), buffers, metrics
 

@@ -10,8 +10,9 @@ import numpy as np
 from markupsafe import Markup
 
 from hansa.errors import InputError
+from hansa.federation.tree import ROOT
 from hansa.files import write_atomic
-from hansa.report.plots import Series, dots, lines, size
+from hansa.report.plots import Series, dots, heatmap, lines, size
 from hansa.runs import Run
 
 SCORED = {
@@ -20,6 +21,8 @@ SCORED = {
     "tuned": "the common model after the round's aggregation, fine-tuned by the client on a copy",
 }
 MAX_CLIENTS_DRAWN = 40
+MASKED = ("personal", "pruned")
+"""What methods call masked entries in their figures."""
 
 
 def report(runs: Sequence[Run], out: Path | None = None) -> Path:
@@ -35,24 +38,35 @@ def report(runs: Sequence[Run], out: Path | None = None) -> Path:
     for run in runs:
         if not run.history.num_rounds:
             raise InputError(str(run.path), "a run without a whole round", "at least one round")
-    labels = _labels(runs)
-    rows = [_row(label, run) for label, run in zip(labels, runs, strict=True)]
-    page = out or runs[0].path / "report.html"
+    labelled = dict(zip(_labels(runs), runs, strict=True))
+    return write_page(
+        out or runs[0].path / "report.html",
+        title=", ".join(labelled) if len(runs) > 1 else runs[0].path.resolve().name,
+        lead=lead(runs[0], f"seed {runs[0].config.seed}"),
+        tables=[_results(labelled), *_absences(labelled)],
+        scored=[(label, SCORED[run.config.method.scored]) for label, run in labelled.items()],
+        plots=_plots(labelled),
+        configurations=[
+            (f"{label}, data fingerprint {run.data_fingerprint[:16]}", run.config.as_toml())
+            for label, run in labelled.items()
+        ],
+    )
+
+
+def write_page(page: Path, **content: Any) -> Path:
+    """Fill the page's template and write it.
+
+    Raises:
+        InputError: a page that cannot be written.
+    """
     if page.is_dir() or not page.name:
         raise InputError("--out", f"{str(page)!r}, a folder", "a file to write")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         files("hansa.report").joinpath("page.html.j2").read_text("utf-8")
     )
-    text = template.render(
-        title=", ".join(labels) if len(runs) > 1 else runs[0].path.resolve().name,
-        lead=_lead(runs[0]),
-        rows=rows,
-        plots=_plots(dict(zip(labels, runs, strict=True))),
-        absences=[row for row in rows if row["late"] or row["failed"]],
-    )
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(page, text)
+        write_atomic(page, template.render(**content))
     except OSError as error:
         raise InputError(str(page), f"no place to write ({error.strerror})", "a path") from error
     return page
@@ -71,34 +85,62 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return methods
 
 
-def _lead(run: Run) -> str:
+def lead(run: Run, more: str) -> str:
+    """Return one line about what runs of a page have in common."""
     config, history = run.config, run.history
     return (
         f"{config.data.source}, {run.checkpoint['clients']} clients, "
         f"partition {config.data.partition.kind}, model {config.model.name}, "
-        f"{history.num_rounds} rounds, seed {config.seed}"
+        f"{history.num_rounds} rounds, {more}"
     )
 
 
-def _row(label: str, run: Run) -> dict[str, Any]:
-    summary = run.history.summary()
-    accuracy, chosen = (summary["metrics"].get(k) for k in ("accuracy", "accuracy_chosen"))
-    fates = run.history.table("ledger")["fate"].to_pylist()
+def _results(runs: dict[str, Run]) -> dict[str, Any]:
+    rows = []
+    for label, run in runs.items():
+        summary = run.history.summary()
+        accuracy, chosen = (summary["metrics"].get(k) for k in ("accuracy", "accuracy_chosen"))
+        rows.append(
+            [
+                label,
+                _percent(accuracy, "mean"),
+                _percent(accuracy, "std"),
+                _percent(accuracy, "worst_tenth"),
+                f"{_percent(chosen, 'mean')} (round {chosen['round']})" if chosen else "-",
+                size(summary["bytes"]["up"]),
+                size(summary["bytes"]["down"]),
+                f"{summary['seconds']:.1f}",
+            ]
+        )
     return {
-        "label": label,
-        "mean": _percent(accuracy, "mean"),
-        "std": _percent(accuracy, "std"),
-        "worst": _percent(accuracy, "worst_tenth"),
-        "chosen": f"{_percent(chosen, 'mean')} (round {chosen['round']})" if chosen else "-",
-        "up": size(summary["bytes"]["up"]),
-        "down": size(summary["bytes"]["down"]),
-        "seconds": f"{summary['seconds']:.1f}",
-        "scored": SCORED[run.config.method.scored],
-        "data": str(run.checkpoint.get("data", ""))[:16],
-        "config": run.config.as_toml(),
-        "asked": len(fates),
-        **{fate: fates.count(fate) for fate in ("ok", "late", "failed")},
+        "title": "Results",
+        "columns": [
+            "method",
+            "accuracy",
+            "std",
+            "worst tenth",
+            "at chosen round",
+            "up",
+            "down",
+            "seconds",
+        ],
+        "rows": rows,
+        "note": "Test accuracy over clients after the last round: mean, standard deviation, mean "
+        "of the worst tenth. The chosen round is the one of highest validation accuracy. Bytes "
+        "are those of all messages as encoded, over all rounds.",
     }
+
+
+def _absences(runs: dict[str, Run]) -> list[dict[str, Any]]:
+    rows = []
+    for label, run in runs.items():
+        fates = run.history.table("ledger")["fate"].to_pylist()
+        counts = [fates.count(fate) for fate in ("ok", "late", "failed")]
+        if any(counts[1:]):
+            rows.append([label, len(fates), *counts])
+    title = "Clients that were late or failed"
+    columns = ["method", "asked", "answered", "late", "failed"]
+    return [{"title": title, "columns": columns, "rows": rows, "note": ""}] if rows else []
 
 
 def _percent(values: dict[str, float] | None, key: str) -> str:
@@ -116,53 +158,96 @@ def _plots(runs: dict[str, Run]) -> list[dict[str, Any]]:
         totals = np.cumsum([up + down for _, (up, down) in by_round])
         traffic[label] = [(n, float(t)) for (n, _), t in zip(by_round, totals, strict=True)]
     plots = [
-        _plot(
+        plot(
             "Test accuracy over rounds",
             "Mean over all clients, each on its own test data.",
             lines(
                 accuracy, title="Test accuracy over rounds", x="round", y="accuracy", percent=True
             ),
         ),
-        _plot(
+        plot(
             "Bytes over rounds",
             "Messages up and down together, summed from the first round on.",
             lines(traffic, title="Bytes over rounds", x="round", y="bytes so far", bytes_=True),
         ),
     ]
     for label, run in runs.items():
-        shares = _personal_shares(run)
-        if shares:
-            title = f"Personal share of every layer, {label}"
-            plots.append(
-                _plot(
-                    title,
-                    "Share of each parameter's entries that are personal in the round, mean over "
-                    "clients.",
-                    lines(shares, title=title, x="round", y="personal share", percent=True),
-                )
-            )
+        plots += masks_of(label, run)
     if any(last.values()) and max(map(len, last.values())) <= MAX_CLIENTS_DRAWN:
         plots.append(
-            _plot(
+            plot(
                 "Test accuracy of every client",
                 "After the last scored round.",
                 dots(last, title="Test accuracy of every client", x="accuracy", y=""),
             )
         )
+    for label, run in runs.items():
+        plots += matrices_of(label, run, folded=len(runs) > 1)
     return plots
 
 
-def _plot(title: str, caption: str, svg: str) -> dict[str, Any]:
+def masks_of(label: str, run: Run) -> list[dict[str, Any]]:
+    """Return plots of the masks of a run over its rounds, where its method has any."""
+    plots = []
+    for kind in MASKED:
+        shares = _shares(run, f"{kind}:")
+        if shares:
+            title = f"{kind.capitalize()} share of every layer, {label}"
+            plots.append(
+                plot(
+                    title,
+                    f"Share of each parameter's entries that are {kind} in the round, mean over "
+                    "clients.",
+                    lines(shares, title=title, x="round", y=f"{kind} share", percent=True),
+                )
+            )
+    table = _shares(run, "", ROOT)
+    if any(value for _, value in table.get("unshared", [])):
+        title = f"Entries that nobody shared, {label}"
+        plots.append(
+            plot(
+                title,
+                "Share of all entries that no client sent in the round.",
+                lines(
+                    {"unshared": table["unshared"]}, title=title, x="round", y="share", percent=True
+                ),
+            )
+        )
+    return plots
+
+
+def matrices_of(label: str, run: Run, folded: bool) -> list[dict[str, Any]]:
+    """Return heat maps of clients against clients, where the run compared them."""
+    plots = []
+    crossed = run.history.pairs("accuracy")
+    if crossed:
+        title = f"Every model on every client's data, {label}"
+        svg = heatmap(crossed, title=title, x="test data of", y="model of")
+        plots.append(plot(title, "Test accuracy in percent after the last round.", svg, folded))
+    overlap = run.history.pairs("iou")
+    if overlap:
+        both = overlap | {(second, first): value for (first, second), value in overlap.items()}
+        title = f"Overlap of the clients' masks, {label}"
+        svg = heatmap(both, title=title, x="", y="")
+        caption = "Intersection over union of two clients' masked entries, in percent."
+        plots.append(plot(title, caption, svg, folded))
+    return plots
+
+
+def plot(title: str, caption: str, svg: str, folded: bool = False) -> dict[str, Any]:
+    """Return a plot as the template takes it; a folded one is opened by a click."""
     # The SVG is matplotlib's own output; the texts in it were escaped when it was written.
-    return {"title": title, "caption": caption, "svg": Markup(svg)}  # noqa: S704
+    svg = Markup(svg)  # noqa: S704
+    return {"title": title, "caption": caption, "svg": svg, "folded": folded}
 
 
-def _personal_shares(run: Run) -> Series:
-    table = run.history.table("scores")
+def _shares(run: Run, prefix: str, node: str | None = None) -> Series:
+    """Return figures about states by round: the mean over leaves, or those of one node."""
     sums: dict[str, dict[int, tuple[float, float]]] = {}
-    for row in table.to_pylist():
-        if row["split"] == "state" and row["metric"].startswith("personal:"):
-            layer = sums.setdefault(row["metric"].removeprefix("personal:"), {})
+    for row in run.history.table("scores").to_pylist():
+        mine = row["node"] == node if node else row["node"] != ROOT
+        if mine and row["split"] == "state" and row["metric"].startswith(prefix):
+            layer = sums.setdefault(row["metric"].removeprefix(prefix), {})
             total, count = layer.get(row["round"], (0.0, 0.0))
             layer[row["round"]] = (total + row["sum"], count + row["count"])
     return {

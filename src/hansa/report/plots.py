@@ -20,6 +20,9 @@ DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK = "#010203"  # stands for the page's own text colour until the SVG is written
 
+MAX_NUMBERED = 16
+"""Rows of a heat map up to which its cells hold numbers."""
+
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
@@ -74,6 +77,50 @@ def dots(values: Mapping[str, Mapping[str, float]], *, title: str, x: str, y: st
     return _svg(figure, axes)
 
 
+def strips(values: Mapping[str, Sequence[float]], *, title: str, x: str) -> str:
+    """Return one row of points per series, with its mean: series -> shares between 0 and 1."""
+    figure, axes = _figure(title, x, "")
+    figure.set_figheight(1.2 + 0.3 * len(values))
+    for k, row in enumerate(values.values()):
+        axes.plot(row, [k] * len(row), "o", color=COLOURS[0], alpha=0.35, markersize=5)
+        axes.plot([sum(row) / len(row)], [k], "|", color=COLOURS[1], markersize=16, mew=2.5)
+    axes.plot([], [], "o", color=COLOURS[0], alpha=0.35, label="a client in one seed")
+    axes.plot([], [], "|", color=COLOURS[1], markersize=10, mew=2.5, label="mean")
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.set_xlim(-0.03, 1.03)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    return _svg(figure, axes)
+
+
+def heatmap(
+    values: Mapping[tuple[str, str], float], *, title: str, x: str, y: str, up_to: float = 1.0
+) -> str:
+    """Return a matrix of (row, column) -> share between 0 and ``up_to``, with numbers in it."""
+    rows = sorted({row for row, _ in values})
+    columns = sorted({column for _, column in values})
+    figure, axes = _figure(title, x, y)
+    side = max(3.4, 1.6 + 0.3 * len(rows))
+    figure.set_size_inches(side + 1.6, side)
+    grid = [[values.get((row, column), float("nan")) for column in columns] for row in rows]
+    mesh = axes.pcolormesh(grid, cmap="viridis", vmin=0.0, vmax=up_to)
+    axes.set_xticks([k + 0.5 for k in range(len(columns))], columns, rotation=90)
+    axes.set_yticks([k + 0.5 for k in range(len(rows))], rows)
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    axes.grid(False)
+    if len(rows) <= MAX_NUMBERED:
+        for k, line in enumerate(grid):
+            for i, value in enumerate(line):
+                if value == value:
+                    colour = "black" if value > up_to / 2 else "white"
+                    text = f"{100 * value:.0f}"
+                    axes.text(i + 0.5, k + 0.5, text, ha="center", va="center", color=colour)
+    bar = figure.colorbar(mesh, format=FuncFormatter(lambda value, _: f"{value:.0%}"))
+    bar.ax.tick_params(colors=_INK)
+    return _svg(figure, axes)
+
+
 def size(num: float) -> str:
     """Return a number of bytes for people, in decimal units."""
     for unit in ("B", "kB", "MB"):
@@ -108,10 +155,14 @@ def _format(axes: Axes, percent: bool, bytes_: bool) -> None:
 
 
 def _svg(figure: Figure, axes: Axes) -> str:
-    legend = axes.legend(
-        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, fontsize=9
-    )
-    legend.set_in_layout(True)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            loc="center left",
+            bbox_to_anchor=(1.01, 0.5),
+            frameon=False,
+            labelcolor=_INK,
+            fontsize=9,
+        )
     target = io.StringIO()
     title = axes.get_title(loc="left")
     # The salt makes ids the same in every run and different between the plots of a page.

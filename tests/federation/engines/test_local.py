@@ -22,7 +22,7 @@ from hansa.federation.methods import (
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
 from hansa.federation.store import DiskStore
-from hansa.federation.tree import Tree
+from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import encode
 from hansa.models.task import Task
 from support import clients, engine, everything, net, run
@@ -164,7 +164,9 @@ def test_every_client_is_scored_whoever_took_part() -> None:
     federation = engine(FedSelect(), data=clients(6), participation=Participation(fraction=0.3))
     results = run(federation, 2)
     assert all(len(result.visits) == 2 for result in results)
-    assert all(len(result.scores) == 6 for result in results)
+    leaves = set(federation.tree.leaves())
+    assert all(result.scores.keys() == leaves | {ROOT} for result in results)
+    assert all(result.scores[ROOT].keys() == {"state"} for result in results)
 
 
 def test_pytorchs_threads_are_given_back() -> None:

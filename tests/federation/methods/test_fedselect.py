@@ -13,7 +13,7 @@ from hansa.data.clients import Client
 from hansa.federation.message import Message, MessageError, State
 from hansa.federation.methods import FedAvg, FedSelect, LocalOnly
 from hansa.federation.methods.base import begin_work
-from hansa.federation.methods.fedselect import grow, pack, unpack
+from hansa.federation.methods.masks import grow, pack, unpack
 from hansa.federation.node import Child, Node, Reply, Setup
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
@@ -370,7 +370,7 @@ def test_a_promoted_entry_starts_from_the_common_value() -> None:
     down = Message({"model": {"w": torch.tensor([1.0, 2, 3, 4])}})
     state = method.receive(row_node(), own, down)
     assert state.group("model")["w"].tolist() == [1, 2, 3, 4]
-    assert state.group("mask")["w"].tolist() == [True, False, False, False]
+    assert state.group("expected")["w"].tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -384,10 +384,10 @@ def test_change_is_measured_from_the_chosen_reference(reference: str, expected: 
         {
             "model": {"w": torch.tensor([0.0, 0, 1, 1])},
             "reference": {"w": torch.tensor([2.0, 2, 0, 0])},
-            "mask": {"w": torch.zeros(4, dtype=torch.bool)},
+            "expected": {"w": torch.zeros(4, dtype=torch.bool)},
         }
     )
-    work = begin_work(node.setup, {"w": trained}, {}, mask=state.group("mask"))
+    work = begin_work(node.setup, {"w": trained}, {}, mask=state.group("expected"))
     after, _ = method.end(node, state, work)
     assert after.group("next")["w"].nonzero().flatten().tolist() == expected
     if reference == "last-update":

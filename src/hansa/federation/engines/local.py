@@ -9,7 +9,7 @@ of random numbers are derived, and replies are merged in path order.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import combinations, islice
 from time import perf_counter
 from types import TracebackType
 from typing import Literal, TypeVar
@@ -24,8 +24,8 @@ from hansa.federation.engines.workers import (
     Workers,
     check_sendable,
 )
-from hansa.federation.leaf import DivergedError, Leaf, Metrics
-from hansa.federation.message import Message, State
+from hansa.federation.leaf import DivergedError, Leaf, Metrics, Newcomer
+from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Child, Node, Reply, Setup
 from hansa.federation.participation import Fate, Participation
@@ -63,13 +63,17 @@ class Visit:
 class RoundResult:
     """What one round did: its visits in path order, and the scores of all leaves if it was scored.
 
-    ``scores`` is leaf -> ``validation``, ``test`` or ``state`` -> metric -> (sum, count).
+    ``scores`` is leaf -> ``validation``, ``test`` or ``state`` -> metric -> (sum, count), and the
+    root's ``state``. ``pairs`` compares clients (first, second, metric, sum, count): ``accuracy``
+    of the first one's model on the second one's test data, and over the union of two clients'
+    masks what is in both, ``iou`` for the whole model and ``iou:NAME`` for one parameter.
     """
 
     number: int
     visits: tuple[Visit, ...]
     scores: Mapping[str, Mapping[str, Metrics]]
     seconds: float
+    pairs: tuple[tuple[str, str, str, float, float], ...] = ()
 
 
 class LocalEngine:
@@ -97,6 +101,7 @@ class LocalEngine:
         self._leaf = Leaf(method, setup, seed)
         self._workers: Workers = ThisProcess(self._leaf, clients)
         self._threads = 1
+        self.rounds_done = 0
         if workers > 1:
             check_sendable(self._leaf, workers)
 
@@ -116,8 +121,13 @@ class LocalEngine:
         self._workers.close()
         torch.set_num_threads(self._threads)
 
-    def round(self, number: int, score: bool = True) -> RoundResult:
+    def round(self, number: int, score: bool = True, pairs: bool = False) -> RoundResult:
         """Run one round, counted from 1, and score every leaf after it if asked to.
+
+        Args:
+            number: the round.
+            score: whether to score every leaf.
+            pairs: whether to compare every two clients.
 
         Raises:
             DivergedError: a leaf's loss is no number and ``on_failure`` is ``stop``.
@@ -127,9 +137,13 @@ class LocalEngine:
         root = self._node(ROOT, number)
         self._visit(root, self.state(), visits)
         scores = dict(self._score(root, self.state())) if score else {}
+        if score and (about := self.method.describe(self.setup, self.state())):
+            scores[ROOT] = {"state": about}
+        compared = tuple(self._pairs()) if pairs else ()
         self.store.commit(number)
+        self.rounds_done = number
         visits.sort(key=lambda visit: visit.path)
-        return RoundResult(number, tuple(visits), scores, perf_counter() - start)
+        return RoundResult(number, tuple(visits), scores, perf_counter() - start, compared)
 
     def state(self, path: str = ROOT) -> State:
         """Return a node's state as of now, empty at a node that has not taken part yet."""
@@ -146,6 +160,39 @@ class LocalEngine:
             state = self._received(path)
         return self.setup.task.materialise(*self.method.model(self.setup, state))
 
+    def masks_of(self, path: str) -> Tensors:
+        """Return a client's masks by parameter; none for a method without masks."""
+        return self.method.masks(self.setup, self.state(path))
+
+    def onboard(self, name: str, client: Client, epochs: int) -> Newcomer:
+        """Return what a client that is not in the tree gains by joining; nothing is kept."""
+        root = self._node(ROOT, self.rounds_done)
+        path = f"{ROOT}/{name}"
+        ((_, down),) = self.method.dispatch(root, self.state(), [Child(path, State())])
+        return self._leaf.onboard(path, self.rounds_done + 1, client, down, epochs)
+
+    def _pairs(self) -> Iterator[tuple[str, str, str, float, float]]:
+        """Yield how clients' own models and masks compare, two by two."""
+        if self.method.scored != "trained":
+            return
+        states = {path: self.state(path) for path in self.tree.leaves()}
+        masks = {}
+        for first, state in states.items():
+            held = self.method.model(self.setup, state or self._received(first))
+            for second, client in self.clients.items():
+                if client.count("test"):
+                    yield first, second, "accuracy", *self._leaf.cross(client, *held)
+            masks[first] = self.method.masks(self.setup, state)
+        for first, second in combinations(masks, 2):
+            both, either = 0.0, 0.0
+            for name, mask in masks[first].items():
+                other = masks[second][name]
+                overlap = float((mask & other).sum()), float((mask | other).sum())
+                yield first, second, f"iou:{name}", *overlap
+                both, either = both + overlap[0], either + overlap[1]
+            if masks[first]:
+                yield first, second, "iou", both, either
+
     def _received(self, path: str) -> State:
         """Return the state of a node that would just have been sent the newest message."""
         parent, _, _ = path.rpartition("/")
@@ -155,7 +202,13 @@ class LocalEngine:
 
     def _node(self, path: str, number: int) -> Node:
         client = self.clients.get(path)
-        return Node(path, number, client.count("train") if client else 0, self.setup)
+        return Node(
+            path,
+            number,
+            client.count("train") if client else 0,
+            self.setup,
+            len(self.tree.children(path)),
+        )
 
     def _children(self, path: str, chosen: Iterable[str]) -> Iterator[Child]:
         return (Child(child, self.store.get(link_key(path, child))) for child in chosen)
@@ -165,13 +218,17 @@ class LocalEngine:
         children = self.tree.children(node.path)
         chosen = self.participation.choose(children, self.seed, node.path, node.round)
         sent = self.method.dispatch(node, state, self._children(node.path, chosen))
-        replies = self._replies(node, sent, visits)
+        replies = self._replies(node, state, sent, visits)
         state = self.method.aggregate(node, state, replies)
         self.store.put(node.path, state)
         return Message() if node.path == ROOT else self.method.reply(node, state)
 
     def _replies(
-        self, parent: Node, sent: Iterator[tuple[str, Message]], visits: list[Visit]
+        self,
+        parent: Node,
+        before: State,
+        sent: Iterator[tuple[str, Message]],
+        visits: list[Visit],
     ) -> Iterator[Reply]:
         """Yield the replies of a node's children as they come in, in path order."""
         calls = (self._ask(parent.round, path, down, visits) for path, down in sent)
@@ -184,7 +241,7 @@ class LocalEngine:
                 continue
             key = link_key(parent.path, visit.path)
             link = self.store.get(key)
-            remembered = self.method.remember(Child(visit.path, link), reply)
+            remembered = self.method.remember(parent, before, Child(visit.path, link), reply)
             if remembered:
                 self.store.put(key, remembered)
             yield Reply(visit.path, link, reply)
@@ -193,8 +250,9 @@ class LocalEngine:
         self, number: int, path: str, down: Message, visits: list[Visit]
     ) -> Callable[[], tuple[Visit, State, Message]]:
         """Start a child's round; the call returns what became of it."""
-        node, training = self._node(path, number), self.setup.training
-        steps = -(-node.samples // training.batch_size) * training.epochs
+        node = self._node(path, number)
+        batches = -(-node.samples // self.setup.training.batch_size)
+        steps = batches * self.method.passes(self.setup)
         fate, seconds = self.participation.fate(self.seed, path, number, steps)
         size = encoded_size(down)
         start: Callable[[], Trained]

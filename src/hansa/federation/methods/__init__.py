@@ -1,24 +1,60 @@
 """The methods, one file each, and the registry by which a configuration names them."""
 
 from hansa.federation.methods.base import Method
+from hansa.federation.methods.controls import HeadMask, LeastChange, RandomMask
+from hansa.federation.methods.ditto import Ditto
 from hansa.federation.methods.fedavg import FedAvg
 from hansa.federation.methods.fedavg_tuned import FedAvgTuned
+from hansa.federation.methods.fedbabu import FedBABU
 from hansa.federation.methods.fedper import FedPer
 from hansa.federation.methods.fedprox import FedProx
+from hansa.federation.methods.fedrep import FedRep
 from hansa.federation.methods.fedselect import FedSelect
+from hansa.federation.methods.lgfedavg import LGFedAvg
 from hansa.federation.methods.local import LocalOnly
+from hansa.federation.methods.lotteryfl import LotteryFL
+from hansa.federation.methods.pfedme import PFedMe
+from hansa.federation.methods.scaffold import Scaffold
 
 METHODS: dict[str, type[Method]] = {
-    kind.name: kind for kind in (LocalOnly, FedAvg, FedAvgTuned, FedProx, FedPer, FedSelect)
+    kind.name: kind
+    for kind in (
+        LocalOnly,
+        FedAvg,
+        FedAvgTuned,
+        FedProx,
+        Scaffold,
+        FedPer,
+        FedRep,
+        LGFedAvg,
+        FedBABU,
+        Ditto,
+        PFedMe,
+        LotteryFL,
+        FedSelect,
+        RandomMask,
+        LeastChange,
+        HeadMask,
+    )
 }
 
 __all__ = [
     "METHODS",
+    "Ditto",
     "FedAvg",
     "FedAvgTuned",
+    "FedBABU",
     "FedPer",
     "FedProx",
+    "FedRep",
     "FedSelect",
+    "HeadMask",
+    "LGFedAvg",
+    "LeastChange",
     "LocalOnly",
+    "LotteryFL",
     "Method",
+    "PFedMe",
+    "RandomMask",
+    "Scaffold",
 ]

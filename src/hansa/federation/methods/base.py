@@ -53,6 +53,8 @@ class Method(BaseModel, ABC):
     scored: ClassVar[Scored] = "received"
     common: ClassVar[bool] = True
     max_depth: ClassVar[int | None] = None
+    masked: ClassVar[bool] = False
+    """Whether clients hold masks, which ``buffers = "personal"`` needs."""
 
     def check(self, setup: Setup, depth: int) -> None:
         """Refuse a model or a tree on which the method is not defined.
@@ -63,6 +65,12 @@ class Method(BaseModel, ABC):
         if self.max_depth is not None and depth > self.max_depth:
             raise InputError(
                 "tree.federations", f"a tree of depth {depth}", f"depth 1 with method {self.name!r}"
+            )
+        if setup.buffers == "personal" and not self.masked:
+            raise InputError(
+                "model.buffers",
+                f"'personal' with method {self.name!r}, which has no masks",
+                "averaged or local",
             )
 
     @abstractmethod
@@ -80,9 +88,25 @@ class Method(BaseModel, ABC):
     def begin(self, node: Node, state: State) -> Work:
         """Return the work of one round of local training."""
 
-    def phases(self, work: Work) -> Sequence[str]:
-        """Return the passes over the data that make up one local epoch."""
+    def tune(self, node: Node, state: State) -> Work:
+        """Return the work of fine-tuning before scoring, where ``scored`` is ``tuned``."""
+        return self.begin(node, state)
+
+    def stages(self, node: Node, work: Work, epochs: int) -> Sequence[tuple[str, int]]:
+        """Return the parts of local work one after another, each with its number of epochs."""
+        return (("train", epochs),)
+
+    def phases(self, work: Work, stage: str) -> Sequence[str]:
+        """Return the passes over the data that make up one epoch of a stage."""
         return ("train",)
+
+    def after(self, node: Node, work: Work, stage: str) -> Work:
+        """Return the work between the end of a stage and what follows."""
+        return work
+
+    def passes(self, setup: Setup) -> int:
+        """Return the passes over its data that a round costs a client, at most."""
+        return setup.training.epochs
 
     def step(self, setup: Setup, work: Work, batch: Batch, phase: str) -> Work:
         """Return the work after one batch. Pure: no Python value depends on a tensor."""
@@ -98,8 +122,11 @@ class Method(BaseModel, ABC):
     ) -> Iterator[tuple[str, Message]]:
         """Yield one message for each child, in the order given."""
 
-    def remember(self, child: Child, reply: Message) -> State:
-        """Return what the parent keeps of a child once its reply is in; nothing by default."""
+    def remember(self, node: Node, state: State, child: Child, reply: Message) -> State:
+        """Return what the parent keeps of a child once its reply is in; nothing by default.
+
+        ``node`` and ``state`` are the parent's, as they were when the child was asked.
+        """
         return child.link
 
     @abstractmethod
@@ -123,7 +150,11 @@ class Method(BaseModel, ABC):
         return setup.training.epochs
 
     def describe(self, setup: Setup, state: State) -> dict[str, tuple[float, float]]:
-        """Return figures about a leaf's state as (sum, count), by name; none by default."""
+        """Return figures about a leaf's or the root's state as (sum, count); none by default."""
+        return {}
+
+    def masks(self, setup: Setup, state: State) -> Tensors:
+        """Return a client's masks by parameter, True where an entry is its own; none by default."""
         return {}
 
 
@@ -134,6 +165,7 @@ def train_step(
     phase: str = "train",
     mask: Tensors | None = None,
     pull: Tensors | None = None,
+    training: bool = True,
 ) -> Work:
     """Return the work after one optimizer step.
 
@@ -144,8 +176,11 @@ def train_step(
         phase: the pass this step belongs to.
         mask: name -> bool tensor, True where an entry may move.
         pull: name -> tensor added to the gradient (a proximal term, say).
+        training: whether layers such as dropout and BatchNorm act as in training.
     """
-    gradients, buffers, metrics = setup.task.gradients(work["params"], work["buffers"], batch)
+    gradients, buffers, metrics = setup.task.gradients(
+        work["params"], work["buffers"], batch, training
+    )
     if pull is not None:
         gradients = {n: g if g is None else g + pull[n] for n, g in gradients.items()}
     memory = {key[7:]: group for key, group in work.items() if key.startswith("memory.")}
@@ -165,6 +200,18 @@ def begin_work(setup: Setup, params: Tensors, buffers: Tensors, **groups: Tensor
     memory = setup.training.memory(params)
     work |= {f"memory.{part}": dict(tensors) for part, tensors in memory.items()}
     return work | {name: dict(tensors) for name, tensors in groups.items()}
+
+
+def nested(work: Work, name: str) -> Work:
+    """Return the work of a second model that stands inside ``work`` under ``NAME/...``."""
+    return {
+        key.removeprefix(f"{name}/"): w for key, w in work.items() if key.startswith(f"{name}/")
+    }
+
+
+def nest(inner: Work, name: str) -> Work:
+    """Return work under names ``NAME/...``, to stand inside other work."""
+    return {f"{name}/{key}": group for key, group in inner.items()}
 
 
 def training_metrics(work: Work) -> dict[str, tuple[float, float]]:

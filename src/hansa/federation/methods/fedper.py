@@ -4,12 +4,11 @@ Arivazhagan et al., "Federated Learning with Personalization Layers", 2019 (arXi
 Algorithms 1 and 2.
 """
 
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
-from hansa.errors import InputError
 from hansa.federation.methods.base import Scored
 from hansa.federation.methods.fedavg import FedAvg
+from hansa.federation.methods.layers import check_patterns, head
 from hansa.federation.node import Setup
 
 
@@ -24,16 +23,9 @@ class FedPer(FedAvg):
 
     def own(self, setup: Setup) -> frozenset[str]:
         """Return the names of the personal layers' parameters."""
-        names = list(setup.task.params)
-        if self.personal is None:
-            last = names[-1].rpartition(".")[0]
-            return frozenset(name for name in names if name.rpartition(".")[0] == last)
-        return frozenset(n for n in names if any(fnmatchcase(n, p) for p in self.personal))
+        return head(setup.task.params, self.personal)
 
     def check(self, setup: Setup, depth: int) -> None:
         """Refuse patterns that fit no parameter."""
         super().check(setup, depth)
-        for pattern in self.personal or ():
-            if not any(fnmatchcase(name, pattern) for name in setup.task.params):
-                names = ", ".join(setup.task.params)
-                raise InputError("method.personal", repr(pattern), f"patterns of these: {names}")
+        check_patterns("method.personal", setup.task.params, self.personal)

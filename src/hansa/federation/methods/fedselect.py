@@ -1,251 +1,225 @@
 """FedSelect: each client finds the entries of the model that should be its own.
 
-Tamirisa et al., "FedSelect: Personalized Federated Learning with Customized Selection of
-Parameters for Fine-Tuning", CVPR 2024 (arXiv 2404.02478). Entries that move most in local
-training become personal and never shared again; stable ones keep being averaged.
-
-What crosses the network are the values of shared entries, packed in a row, and once the positions
-of the entries that become personal. Both ends know the mask, so no positions travel with values:
-a client keeps its masks in its state, the parent in its link to that client.
+``cvpr``
+    Tamirisa et al., "FedSelect: Personalized Federated Learning with Customized Selection of
+    Parameters for Fine-Tuning", CVPR 2024 (arXiv 2404.02478). A mask grows from nothing: entries
+    that move most in local training become personal and are never shared again.
+``workshop``
+    the earlier form, arXiv 2306.13264, Algorithms 1 and 2. Every round a client finds its mask
+    anew by training, dropping the entries that moved least, and rewinding, over and over; what is
+    left is personal.
+``official``
+    ``cvpr`` as the released code computes it; see ``official.py``.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
-import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from hansa.federation.aggregation import WeightedMean, add_metrics
-from hansa.federation.message import Message, MessageError, State, Tensors
-from hansa.federation.methods.base import (
-    Method,
-    Scored,
-    Work,
-    begin_work,
-    train_step,
-    training_metrics,
-)
-from hansa.federation.node import Child, Node, Reply, Setup
+from hansa.errors import InputError
+from hansa.federation.message import Message, State, Tensors
+from hansa.federation.methods.base import Work, begin_work, train_step
+from hansa.federation.methods.masks import Masks, filled
+from hansa.federation.methods.official import QUIRKS, misaligned
+from hansa.federation.methods.selecting import Selecting
+from hansa.federation.node import Node, Setup
 from hansa.models.task import Batch
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "cvpr": {},
+    "workshop": {"rate": 0.5, "limit": 1.0},
+    "official": {
+        "rate": 0.25,
+        "limit": 0.8,
+        "period": 3,
+        "reference": "last-update",
+        "quirks": QUIRKS,
+    },
+}
 
-class FedSelect(Method):
-    """FedSelect in its conference form.
 
-    A round at a client: put the received values into the shared entries of the mask it last
-    trained with; let the entries promoted then become personal (so they start from the common
-    value); train each epoch in two passes, personal entries first, shared entries second; promote
-    the share ``rate`` of the shared entries that changed most, tensor by tensor.
+class FedSelect(Selecting):
+    """FedSelect in all its forms.
+
+    A round at a client (``cvpr``): put the received values into the shared entries of the mask it
+    last trained with; let the entries promoted then become personal (so they start from the
+    common value); train each epoch in two passes, personal entries first, shared entries second;
+    promote the share ``rate`` of the shared entries that changed most.
     """
 
     name: ClassVar[str] = "fedselect"
-    mode: Literal["cvpr"] = "cvpr"
-    rate: float = Field(0.05, ge=0, le=1, strict=True)
-    """Share p of the still shared entries of each tensor that become personal in a round."""
-    limit: float = Field(0.3, ge=0, le=1, strict=True)
-    """Ceiling alpha on the personal share of each tensor."""
+    mode: Literal["cvpr", "workshop", "official"] = "cvpr"
+    """Which form; it sets the defaults of the other options."""
+    period: int = Field(1, ge=1, strict=True)
+    """Rounds between changes of a mask."""
     reference: Literal["round-start", "last-update"] = "round-start"
     """What an entry's change is measured from: its value at the start of the round, or the
     client's trained value when the mask was last updated (at first: the initial model)."""
-    scored: ClassVar[Scored] = "trained"
-    max_depth: ClassVar[int | None] = 1
+    new_entry: Literal["global", "local"] = "global"
+    """Where a newly personal entry starts: from the common value, or from the client's own."""
+    newcomer: Literal["zero", "majority", "select"] = "zero"
+    """The mask of a client that joins after the first round: nothing personal; what more than
+    half of the others hold as their own; or what it finds itself before its first training."""
+    select_epochs: int = Field(5, ge=1, strict=True)
+    """Epochs of a selection: of each iteration in the workshop form, and of a newcomer's."""
+    iterations: int = Field(5, ge=1, strict=True)
+    """Iterations L of the workshop form; the personal share is rate ** L."""
 
-    def start_root(self, node: Node) -> State:
-        """Return the initial model."""
-        return State({"model": node.setup.task.params, "buffers": node.setup.shared_buffers})
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        mode = values.get("mode") if isinstance(values, Mapping) else None
+        return {**PRESETS.get(mode, {}), **values} if isinstance(mode, str) else values
+
+    @model_validator(mode="after")
+    def _fits(self) -> "FedSelect":
+        if self.mode != "official" and self.quirks:
+            raise ValueError("quirks belong to mode 'official'")
+        if self.mode != "cvpr" and self.newcomer != "zero":
+            raise ValueError(f"in mode {self.mode!r} a newcomer's mask is 'zero'")
+        if self.mode == "workshop" and self.reference != "round-start":
+            raise ValueError("in mode 'workshop' change is measured from the start of the round")
+        if "ties" in self.quirks and self.quota == "global":
+            raise ValueError("quirk 'ties' goes with quota 'tensor'")
+        return self
+
+    def check(self, setup: Setup, depth: int) -> None:
+        """Refuse what the released code cannot be compared on."""
+        super().check(setup, depth)
+        if self.mode == "official" and setup.task.buffers and setup.buffers != "local":
+            raise InputError(
+                "model.buffers", repr(setup.buffers), "local with method.mode = 'official'"
+            )
+
+    def first_mask(self, setup: Setup) -> Masks:
+        """Return that everything is shared, but for what the released code never sends."""
+        names = setup.task.params
+        return {n: m | (n in self.unshared(names)) for n, m in filled(names).items()}
+
+    def newcomer_mask(self, node: Node, state: State) -> Masks:
+        """Return nothing personal, or the majority's mask, under the limit."""
+        first = self.first_mask(node.setup)
+        if self.newcomer != "majority" or not state.scalars.get("known"):
+            return first
+        half = state.number("known") / 2
+        votes = {name: count.double() for name, count in state.group("votes").items()}
+        most = self.promote(node.setup, first, votes, 1.0)
+        return {n: first[n] | (most[n] & (votes[n] > half)) for n in first}
+
+    def sent_mask(self, node: Node, state: State) -> Masks:
+        """Return the mask before or after the last promotions, by where those entries start."""
+        chosen = self.used if self.new_entry == "global" else self.next
+        return chosen(node.setup, state)
 
     def receive(self, node: Node, state: State, down: Message) -> State:
         """Return the model for this round, and the mask it is trained with."""
-        setup = node.setup
-        used = _mask(state.group("mask"), setup.task.params)
-        own = {**setup.task.params, **state.group("model")}
-        common = unpack(down.group("model"), used, setup.task.params)
-        model = {name: torch.where(used[name], own[name], common[name]) for name in used}
-        buffers = {
-            **setup.task.buffers,
-            **state.group("buffers"),
-            **down.require("buffers", setup.shared_buffers),
-        }
-        groups = {
-            "model": model,
-            "buffers": buffers,
-            "mask": _mask(state.group("next"), setup.task.params),
-        }
+        after = self.received(node, state, down)
+        groups = dict(after.groups)
         if self.reference == "last-update":
-            groups["reference"] = {**setup.task.params, **state.group("reference")}
-        return State(groups)
+            groups["reference"] = {**node.setup.task.params, **state.group("reference")}
+        return State(groups, {"new": not state})
 
     def begin(self, node: Node, state: State) -> Work:
-        """Return work that carries the mask."""
-        model, buffers = state.group("model"), state.group("buffers")
-        return begin_work(node.setup, model, buffers, mask=state.group("mask"))
+        """Return work that carries the mask, and the start where a selection rewinds to it."""
+        groups: dict[str, Tensors] = {"mask": state.group("expected")}
+        late = node.round > 1 and bool(state.scalars.get("new"))
+        if self.mode == "workshop" or (late and self.newcomer == "select"):
+            groups["start"] = state.group("model")
+            groups["start_buffers"] = state.group("buffers")
+        if self.mode == "workshop":
+            # Every maskable entry is a candidate; `stages` narrows them down.
+            groups["mask"] = self.maskable(node.setup)
+        if "frozen-norms" in self.quirks and node.round > 1:
+            groups["frozen"] = {}
+        return begin_work(node.setup, state.group("model"), state.group("buffers"), **groups)
 
-    def phases(self, work: Work) -> Sequence[str]:
+    def stages(self, node: Node, work: Work, epochs: int) -> Sequence[tuple[str, int]]:
+        """Return the selection, where there is one, and the training."""
+        if "start" not in work:
+            return (("train", epochs),)
+        times = self.iterations if self.mode == "workshop" else 1
+        selections = [(f"select{k}", self.select_epochs) for k in range(times)]
+        return (*selections, ("train", epochs))
+
+    def phases(self, work: Work, stage: str) -> Sequence[str]:
         """Return the personal and the shared pass, without one that no entry would move in."""
+        if stage != "train":
+            return ("select",)
         masks = work["mask"].values()
-        personal = ("personal",) if any(bool(mask.any()) for mask in masks) else ()
-        shared = () if all(bool(mask.all()) for mask in masks) else ("shared",)
-        return (*personal, *shared)
+        personal = "empty-pass" in self.quirks or any(bool(mask.any()) for mask in masks)
+        shared = not all(bool(mask.all()) for mask in masks)
+        return (("personal",) if personal else ()) + (("shared",) if shared else ())
 
     def step(self, setup: Setup, work: Work, batch: Batch, phase: str) -> Work:
         """Return the work after a step that moves only the entries of its phase."""
         mask = work["mask"]
-        free = mask if phase == "personal" else {name: ~m for name, m in mask.items()}
-        return train_step(setup, work, batch, phase, mask=free)
+        free: Tensors | None = mask
+        if phase == "select" and self.mode != "workshop":
+            free = None
+        elif self.quirks and phase != "select":
+            free = self._official_mask(setup, work, batch, phase)
+        elif phase == "shared":
+            free = {name: ~m for name, m in mask.items()}
+        return train_step(setup, work, batch, phase, mask=free, training="frozen" not in work)
+
+    def after(self, node: Node, work: Work, stage: str) -> Work:
+        """After a selection: set the mask by what moved, and rewind (GradLTN)."""
+        if stage == "train":
+            return work
+        start, mask = work["start"], work["mask"]
+        moved = {name: (p - start[name]).abs() for name, p in work["params"].items()}
+        ranking = self.rank(node, moved)
+        if self.mode == "workshop":
+            mask = self.keep_highest(mask, ranking)
+        else:  # as large a share as clients have that were there from the first round on
+            rate = 1 - (1 - self.rate) ** ((node.round - 1) // self.period)
+            mask = self.promote(node.setup, mask, ranking, rate)
+        fresh = begin_work(node.setup, start, work["start_buffers"])
+        return {**work, **fresh, "mask": dict(mask)}
 
     def end(self, node: Node, state: State, work: Work) -> tuple[State, Message]:
         """Return the trained model with both masks, and the shared values for the parent."""
         params, mask = work["params"], work["mask"]
+        following, due = mask, self._due(node.round) and self.mode != "workshop"
         start = state.group("reference" if self.reference == "last-update" else "model")
-        after = {
-            name: grow(mask[name], (params[name] - start[name]).abs(), self.rate, self.limit)
-            for name in params
-        }
+        if due:
+            moved = {name: (params[name] - start[name]).abs() for name in params}
+            following = self.promote(node.setup, mask, self.rank(node, moved), self.rate)
         groups: dict[str, Tensors] = {
             "model": params,
             "buffers": work["buffers"],
             "mask": mask,
-            "next": after,
+            "next": following,
         }
         if self.reference == "last-update":
-            groups["reference"] = params
-        reply = Message(
-            {
-                "model": pack(params, mask),
-                "buffers": {name: work["buffers"][name] for name in node.setup.shared_buffers},
-                "promoted": {n: after[n] & ~mask[n] for n in after if after[n].ne(mask[n]).any()},
-            },
-            metrics=training_metrics(work),
-        )
-        return State(groups), reply
+            groups["reference"] = params if due else start
+        return State(groups), self.report(node, state, work, mask, following)
 
-    def dispatch(
-        self, node: Node, state: State, children: Iterable[Child]
-    ) -> Iterator[tuple[str, Message]]:
-        """Yield to each child the entries that it shared when it last trained."""
-        model = state.group("model")
-        for child in children:
-            used = _mask(child.link.group("mask"), model)
-            yield (
-                child.path,
-                Message({"model": pack(model, used), "buffers": state.group("buffers")}),
-            )
+    def rank(self, node: Node, moved: Tensors) -> Tensors:
+        """Return the number by which entries become personal, highest first: how far they moved.
 
-    def remember(self, child: Child, reply: Message) -> State:
-        """Return the child's masks: the one it trained with, and the one it trains with next."""
-        used, promoted = child.link.group("next"), reply.group("promoted")
-        after = {n: used[n] | mask if n in used else mask for n, mask in promoted.items()}
-        return State({"mask": used, "next": {**used, **after}})
-
-    def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
-        """Return, entry by entry, the plain mean over the clients that share it.
-
-        The mask is the one that each client trained with. An entry that nobody shares keeps its
-        last value.
+        Args:
+            node: the client.
+            moved: name -> absolute change of each entry.
         """
-        like = state.group("model")
-        # -0.0 is what adds nothing to any number, 0.0 included.
-        sums = {n: torch.full_like(t, -0.0, dtype=torch.float64) for n, t in like.items()}
-        counts = {name: torch.zeros_like(t, dtype=torch.int64) for name, t in like.items()}
-        buffers = WeightedMean()
-        metrics: dict[str, tuple[float, float]] = {}
-        for reply in replies:
-            used = _mask(reply.link.group("next"), like)
-            values = unpack(reply.message.group("model"), used, like)
-            _check_promoted(reply.message, used)
-            for name, mask in used.items():
-                sums[name] += values[name]
-                counts[name] += ~mask
-            buffers.add(reply.message.require("buffers", node.setup.shared_buffers), 1)
-            add_metrics(metrics, reply.message.metrics)
-        model = {
-            name: torch.where(counts[name] > 0, (sums[name] / counts[name]).to(t.dtype), t)
-            for name, t in like.items()
-        }
-        held = buffers.result() if buffers.total else state.group("buffers")
-        return State({"model": model, "buffers": held}, metrics=metrics)
+        return moved
 
-    def reply(self, node: Node, state: State) -> Message:
-        """Never called: the method is defined on flat federations, whose only parent is the root.
+    def passes(self, setup: Setup) -> int:
+        """Return two passes per epoch, and the selection's."""
+        selection = self.iterations * self.select_epochs if self.mode == "workshop" else 0
+        return 2 * setup.training.epochs + selection
 
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("FedSelect is defined on flat federations")
+    def _due(self, number: int) -> bool:
+        """Tell whether masks change at the end of a round, counted from 1."""
+        if "late-masks" in self.quirks:
+            return number > 1 and (number - 1) % self.period == 0
+        return number % self.period == 0
 
-    def describe(self, setup: Setup, state: State) -> dict[str, tuple[float, float]]:
-        """Return the personal share of each parameter, ``personal:NAME``, as (entries, of)."""
-        masks = _mask(state.group("mask"), setup.task.params)
-        return {f"personal:{n}": (float(m.sum()), float(m.numel())) for n, m in masks.items()}
-
-
-def grow(mask: torch.Tensor, change: torch.Tensor, rate: float, limit: float) -> torch.Tensor:
-    """Return a mask with more personal entries: exactly the quota, of those that changed most.
-
-    The quota is ``min(round(rate * shared), floor(limit * n) - personal)``; rounding is half to
-    even. Equal changes are promoted in the order of their position.
-
-    Args:
-        mask: bool tensor of any shape with n entries, True where an entry is personal.
-        change: absolute change of each entry, of the mask's shape.
-        rate: share of the shared entries to promote.
-        limit: ceiling on the personal share.
-    """
-    numel, personal = mask.numel(), int(mask.sum())
-    # A limit such as 0.29 of 100 entries means 29; binary floats put the product just below.
-    ceiling = math.floor(limit * numel + 1e-9)
-    quota = min(round(rate * (numel - personal)), ceiling - personal)
-    if quota <= 0:
-        return mask.clone()
-    flat = mask.flatten()
-    candidates = torch.where(flat, -1.0, change.flatten())
-    cut = candidates.topk(quota, sorted=False).values.min()
-    above = candidates > cut
-    ties = candidates == cut
-    first = ties & (ties.cumsum(0) <= quota - above.sum())
-    return (flat | above | first).reshape(mask.shape)
-
-
-def pack(values: Tensors, mask: Tensors) -> Tensors:
-    """Return the shared entries of each tensor as a row; tensors without any are left out."""
-    rows = {name: tensor[~mask[name]] for name, tensor in values.items()}
-    return {name: row for name, row in rows.items() if len(row)}
-
-
-def unpack(rows: Tensors, mask: Tensors, like: Tensors) -> Tensors:
-    """Return dense tensors with the rows in their shared entries and zero in personal ones.
-
-    Raises:
-        MessageError: a row has another length or dtype than the mask and the model ask for, a
-            row is missing, or one belongs to no tensor of the model.
-    """
-    if odd := sorted(rows.keys() - like.keys()):
-        raise MessageError(f"group 'model' holds {odd[0]!r}, which the model does not have")
-    dense = {}
-    for name, template in like.items():
-        shared = ~mask[name]
-        count = int(shared.sum())
-        row = rows.get(name, template.new_zeros(0))
-        if row.dtype != template.dtype or row.shape != (count,):
-            raise MessageError(
-                f"model/{name} is {row.dtype} {tuple(row.shape)}, not {template.dtype} ({count},)"
-            )
-        dense[name] = torch.zeros_like(template)
-        dense[name][shared] = row
-    return dense
-
-
-def _check_promoted(reply: Message, masks: Tensors) -> None:
-    promoted = reply.group("promoted")
-    if odd := sorted(promoted.keys() - masks.keys()):
-        raise MessageError(f"group 'promoted' holds {odd[0]!r}, which the model does not have")
-    reply.require("promoted", {name: masks[name] for name in promoted})
-
-
-def _mask(masks: Tensors, like: Tensors) -> dict[str, torch.Tensor]:
-    """Return the masks, or masks with nothing personal where there are none yet."""
-    return {
-        name: masks[name] if name in masks else torch.zeros(t.shape, dtype=torch.bool)
-        for name, t in like.items()
-    }
+    def _official_mask(self, setup: Setup, work: Work, batch: Batch, phase: str) -> Masks:
+        """Return where entries may move, as the released code has it."""
+        unshared = self.unshared(work["params"])
+        mask: Masks = {n: m & (n not in unshared) for n, m in work["mask"].items()}
+        if "misaligned-masks" in self.quirks:
+            mask = misaligned(setup, work, batch, mask)
+        return mask if phase == "personal" else {name: ~m for name, m in mask.items()}

@@ -1,0 +1,131 @@
+"""A grid of methods and seeds: run what is missing, in parallel, and compare."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import joblib
+
+from hansa.config import RunConfig, difference, load, read
+from hansa.errors import InputError
+from hansa.federation.methods import METHODS
+from hansa.report.comparison import Comparison
+from hansa.runs import Run
+from hansa.training import CHANGEABLE, prepare, train
+
+Watch = Callable[[int, int, Run], None]
+"""Called with the number of finished runs, the number of all runs, and the newest."""
+
+
+def compare(
+    config: str | Path | Mapping[str, Any],
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    *,
+    overrides: Iterable[str] = (),
+    processes: int = 1,
+    watch: Watch | None = None,
+) -> Comparison:
+    """Train every method on every seed, as far as that was not done before, and compare them.
+
+    The runs stand in ``OUTPUT/NAME/LABEL-seedN``. Called again, a finished run is kept and an
+    interrupted one goes on.
+
+    Args:
+        config: a TOML file or the values themselves. Beside what a run's configuration holds, it
+            may have tables ``[methods.LABEL]``, each with options and a ``name``, by default
+            LABEL: the methods to compare.
+        methods: labels of those tables, or names of methods, which then have the options of
+            ``[method]`` where that names them, or else their defaults; by default all tables.
+        seeds: seeds of the runs.
+        overrides: ``key=value`` with dotted keys, applied to every run.
+        processes: runs at the same time.
+        watch: called whenever a run is finished.
+
+    Raises:
+        InputError: input that cannot be used, an earlier run of another configuration included.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError("--seeds", ", ".join(map(str, seeds)) or "nothing", "different seeds")
+    if processes < 1:
+        raise InputError("--processes", processes, "1 or more")
+    grid, folder = _grid(config, methods, seeds, tuple(overrides))
+    # Before any work, so that wrong input shows at once; the method is all that differs.
+    todo = {label: cell for (label, _), cell in grid.items() if not _is_done(cell)}
+    for cell in todo.values():
+        prepare(cell)
+    parallel = joblib.Parallel(n_jobs=processes, return_as="generator", batch_size=1)
+    paths = parallel(joblib.delayed(_run)(cell.as_dict()) for cell in grid.values())
+    runs: dict[str, dict[int, Run]] = {}
+    for done, ((label, seed), path) in enumerate(zip(grid, paths, strict=True), 1):
+        run = runs.setdefault(label, {})[seed] = Run(path)
+        if watch is not None:
+            watch(done, len(grid), run)
+    return Comparison(folder, runs)
+
+
+def _grid(
+    config: str | Path | Mapping[str, Any],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    overrides: tuple[str, ...],
+) -> tuple[dict[tuple[str, int], RunConfig], Path]:
+    values = dict(config) if isinstance(config, Mapping) else read(Path(config))
+    tables = values.pop("methods", {})
+    if not isinstance(tables, Mapping) or not all(isinstance(t, Mapping) for t in tables.values()):
+        raise InputError("methods", repr(tables), "tables [methods.LABEL]")
+    labels = list(methods or tables)
+    allowed = ", ".join([*tables, *METHODS])
+    if not labels or len(set(labels)) < len(labels):
+        raise InputError(
+            "--methods", ", ".join(labels) or "nothing", f"different ones of {allowed}"
+        )
+    base = load(values, overrides)
+    folder = Path(base.output) / base.name
+    own = base.as_dict()["method"]
+    grid = {}
+    for label in labels:
+        if label in tables:
+            method = {"name": label, **tables[label]}
+        elif label in METHODS:
+            method = own if own["name"] == label else {"name": label}
+        else:
+            raise InputError("--methods", repr(label), allowed)
+        for seed in seeds:
+            places = {"name": label, "output": str(folder), "seed": seed}
+            grid[label, seed] = load({**base.as_dict(), **places, "method": method})
+    return grid, folder
+
+
+def _path(config: RunConfig) -> Path:
+    return Path(config.output) / f"{config.name}-seed{config.seed}"
+
+
+def _is_done(config: RunConfig) -> bool:
+    path = _path(config)
+    if not (path / "config.toml").is_file():
+        return False
+    run = Run(path)
+    for key in difference(run.config, config):
+        if not key.startswith(CHANGEABLE):
+            raise InputError(
+                str(path), f"a run with another {key}", "another name, or its folder removed"
+            )
+    if run.round > config.rounds:
+        raise InputError("rounds", config.rounds, f"at least the {run.round} of {path}")
+    return run.round == config.rounds and (path / "summary.json").is_file()
+
+
+def _run(values: dict[str, Any]) -> Path:
+    """Bring one run to its end, in a process of its own, and return its folder."""
+    config = load(values)
+    path = _path(config)
+    if _is_done(config):
+        return path
+    if (path / "config.toml").is_file():
+        return train(config, resume=path).path
+    # What a kill may leave of a run that was just being made.
+    (path / "checkpoint.json").unlink(missing_ok=True)
+    if path.is_dir():
+        path.rmdir()
+    return train(config).path

@@ -1,0 +1,59 @@
+"""A client's own model out of a run, as a bundle."""
+
+from pathlib import Path
+from typing import Any
+
+from hansa import bundle
+from hansa.errors import InputError
+from hansa.runs import Run
+from hansa.training import prepare
+
+
+def export(run: str | Path | Run, client: str, out: str | Path | None = None) -> bundle.Bundle:
+    """Write the model that a client holds after a run's last round, with its masks.
+
+    The bundle's lineage goes through the run's common model, where the method has one. A client
+    of a method that keeps nothing at its clients is given the common model.
+
+    Args:
+        run: a run, or its folder.
+        client: the client's name.
+        out: the folder to make; by default ``clients/CLIENT`` in the run's folder.
+
+    Raises:
+        InputError: no such run or client, a run without a whole round, one that is under way, or
+            data that has changed since.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    if not run.round:
+        raise InputError(str(run.path), "a run without a whole round", "at least one round")
+    trial = prepare(run.config)
+    with run.claimed(run.config, trial.facts):
+        federation = trial.federation
+        federation.keep_states_in(run.store(), run.round)
+        weights = federation.model_of(client).state_dict()
+        masks = federation.masks_of(client)
+    common = run.path / "bundle"
+    return trial.write_bundle(
+        Path(out) if out is not None else run.path / "clients" / client,
+        "personalise",
+        weights,
+        _scores(run, client),
+        masks,
+        bundle.read_bundle(common) if common.exists() else None,
+    )
+
+
+def _scores(run: Run, client: str) -> dict[str, Any]:
+    """Return the client's last scores: split -> metric -> value, and the round they are of."""
+    scores: dict[str, Any] = {"client": client}
+    for split in ("validation", "test"):
+        for metric in ("accuracy", "loss"):
+            by_round = run.history.scored(split, metric)
+            mine = {
+                number: values[client] for number, values in by_round.items() if client in values
+            }
+            if mine:
+                scores["round"] = max(mine)
+                scores.setdefault(split, {})[metric] = mine[max(mine)]
+    return scores
