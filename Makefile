@@ -30,7 +30,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python benchmarks/methods.py --quick
+	$(BIN)/python benchmarks/personalisation.py --quick
 	$(BIN)/python benchmarks/engine.py --quick
 
 clean:

@@ -197,7 +197,9 @@ def test_an_empty_personal_pass_moves_nothing_and_costs_a_pass() -> None:
 
 def test_norms_freeze_after_the_first_round() -> None:
     for quirks, frozen in (((), False), (("frozen-norms",), True)):
-        federation = engine(official(*quirks), model=net(nn.BatchNorm1d(6)), buffers="local")
+        federation = engine(
+            official(*quirks), model=net(nn.BatchNorm1d(6)), data=clients(3, 9), buffers="local"
+        )
         seen = []
         with federation as running:
             for number in (1, 2, 3):

@@ -15,6 +15,7 @@ from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Scored, Work, begin_work, nest, nested, train_step
 from hansa.federation.methods.fedavg import FedAvg
 from hansa.federation.node import Node, Reply, Setup
+from hansa.federation.tree import ROOT
 from hansa.models.task import Batch
 
 
@@ -68,8 +69,10 @@ class PFedMe(FedAvg):
         return State({**theta, "buffers": after.group("buffers")}), reply
 
     def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
-        """Return the common model after its step towards the mean."""
+        """Return the common model after its step towards the mean, which the root makes."""
         after = super().aggregate(node, state, replies)
+        if node.path != ROOT:
+            return after
         before, mean = state.group("model"), after.group("model")
         model = {name: torch.lerp(before[name], p, self.beta) for name, p in mean.items()}
         return State({**after.groups, "model": model}, after.scalars, after.metrics)
