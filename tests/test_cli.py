@@ -49,6 +49,34 @@ def test_train_then_resume_then_report(tmp_path) -> None:
     assert (run / "report.html").read_text().startswith("<!doctype html>")
 
 
+def test_compare_prints_figures_and_tests_and_goes_on(tmp_path) -> None:
+    arguments = ("compare", EXAMPLES / "digits-fedselect.toml", *QUICK, "--seeds", "0,1")
+    methods = ("--methods", "local, fedselect", "--processes", "2")
+    done = hansa(*arguments, *methods, "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    assert result["methods"].keys() == {"local", "fedselect"}
+    assert result["pairs"][0].keys() == {"first", "second", "difference", "wins", "losses", "p"}
+    assert Path(tmp_path, result["report"]).read_text().startswith("<!doctype html>")
+    again = hansa(*arguments, *methods, cwd=tmp_path)
+    assert "- local" in again.stdout
+    assert len(list((tmp_path / "runs" / "digits-fedselect").iterdir())) == 5
+    wrong = hansa(*arguments[:-1], "0,x", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == ("hansa: --seeds: found '0,x'; allowed: whole numbers, such as 0,1,2\n")
+
+
+def test_export_writes_a_bundle(tmp_path) -> None:
+    hansa("train", EXAMPLES / "digits-fedselect.toml", *QUICK, cwd=tmp_path)
+    run = Path("runs/digits-fedselect-seed0")
+    done = hansa("export", run, "client-3", cwd=tmp_path)
+    assert done.stdout == f"bundle: {run}/clients/client-3\n"
+    assert (tmp_path / run / "clients" / "client-3" / "masks.safetensors").exists()
+    wrong = hansa("export", run, "client-77", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("hansa: name: found 'client-77'; allowed: one of client-0")
+
+
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path) -> None:
     command = [HANSA, "train", EXAMPLES / "digits-local.toml", "--set", "rounds=10000"]
     process = subprocess.Popen(
@@ -67,7 +95,9 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors == "hansa: stopped; train --resume RUN goes on after the last whole round\n"
+    assert errors == (
+        "hansa: stopped; train --resume RUN, or the same compare again, goes on from here\n"
+    )
 
 
 def test_examples_are_the_demo_s_configurations() -> None:

@@ -179,7 +179,10 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = _INTERRUPTED
     if status == _INTERRUPTED:
-        _fail("stopped; train --resume RUN goes on after the last whole round", 1)
+        _fail(
+            "stopped; train --resume RUN, or the same compare again, goes on from here",
+            1,
+        )
     sys.exit(status or 0)
 
 

@@ -1,14 +1,13 @@
 """A grid of methods and seeds: run what is missing, in parallel, and compare."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import joblib
 
 from hansa.config import RunConfig, difference, load, read
 from hansa.errors import InputError
 from hansa.federation.methods import METHODS
+from hansa.processes import pool
 from hansa.report.comparison import Comparison
 from hansa.runs import Run
 from hansa.training import CHANGEABLE, prepare, train
@@ -54,14 +53,24 @@ def compare(
     todo = {label: cell for (label, _), cell in grid.items() if not _is_done(cell)}
     for cell in todo.values():
         prepare(cell)
-    parallel = joblib.Parallel(n_jobs=processes, return_as="generator", batch_size=1)
-    paths = parallel(joblib.delayed(_run)(cell.as_dict()) for cell in grid.values())
     runs: dict[str, dict[int, Run]] = {}
-    for done, ((label, seed), path) in enumerate(zip(grid, paths, strict=True), 1):
+    cells = [cell.as_dict() for cell in grid.values()]
+    for done, ((label, seed), path) in enumerate(
+        zip(grid, _paths(cells, processes), strict=True), 1
+    ):
         run = runs.setdefault(label, {})[seed] = Run(path)
         if watch is not None:
             watch(done, len(grid), run)
     return Comparison(folder, runs)
+
+
+def _paths(cells: Sequence[dict[str, Any]], processes: int) -> Iterator[Path]:
+    """Yield the folders of the runs, each when it is finished, in their order."""
+    if processes == 1:
+        yield from map(_run, cells)
+        return
+    with pool(min(processes, len(cells))) as executor:
+        yield from executor.map(_run, cells)
 
 
 def _grid(

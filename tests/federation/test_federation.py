@@ -89,3 +89,42 @@ def test_a_batch_of_one_under_batchnorm_is_refused_before_the_run() -> None:
     model = net(torch.nn.BatchNorm1d(6))
     with pytest.raises(hansa.InputError, match=r"training.batch_size: found 3, which leaves c0"):
         hansa.Federation(model, clients(), hansa.FedAvg(), hansa.Training(batch_size=3))
+
+
+def test_a_newcomer_must_be_new_and_have_test_data() -> None:
+    data = clients(3)
+    federation = hansa.Federation(net(), data, hansa.FedSelect())
+    federation.run(2)
+    late = clients(4)["c3"]
+    found = federation.onboard("late", late)
+    assert found.after["accuracy"][1] == late.count("test")
+    with pytest.raises(hansa.InputError, match="name: found 'c0'"):
+        federation.onboard("c0", late)
+    untested = hansa.Client.of(late.batch("train"), test=(torch.zeros(0, 4), torch.zeros(0)))
+    with pytest.raises(hansa.InputError, match="client: found no test data"):
+        federation.onboard("late", untested)
+    odd = hansa.Client.of(
+        (torch.zeros(2, 9), torch.zeros(2)), test=(torch.zeros(2, 9), torch.zeros(2))
+    )
+    with pytest.raises(hansa.InputError, match="on late's data"):
+        federation.onboard("late", odd)
+
+
+def test_newcomers_need_others_before_them_and_a_flat_tree() -> None:
+    rules = hansa.Participation(newcomers=3)
+    with pytest.raises(hansa.InputError, match=r"participation.newcomers: found 3; allowed: fewer"):
+        hansa.Federation(net(), clients(3), hansa.FedAvg(), participation=rules)
+    tree = hansa.Tree.grouped(clients(4), 2)
+    with pytest.raises(hansa.InputError, match="found a tree of federations"):
+        hansa.Federation(net(), clients(4), hansa.FedAvg(), participation=rules, tree=tree)
+
+
+def test_masks_can_be_read() -> None:
+    federation = hansa.Federation(net(), clients(3), hansa.FedSelect(rate=0.5, limit=0.5))
+    federation.run(2)
+    masks = federation.masks_of("c0")
+    assert masks.keys() == dict(net().named_parameters()).keys()
+    assert int(masks["body.weight"].sum()) == 12
+    assert federation.masks_of("root") == {}
+    with pytest.raises(hansa.InputError, match="name: found 'c7'"):
+        federation.masks_of("c7")

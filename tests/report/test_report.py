@@ -6,7 +6,7 @@ import pytest
 
 import hansa
 from hansa.report import report
-from hansa.report.plots import dots, lines, size
+from hansa.report.plots import dots, heatmap, lines, size
 from support import config
 
 
@@ -24,6 +24,8 @@ def test_a_page_compares_runs_and_needs_nothing_from_elsewhere(tmp_path) -> None
         "Bytes over rounds",
         "Personal share of every layer, fedselect",
         "Test accuracy of every client",
+        "Every model on every client&#39;s data, fedselect",
+        "Overlap of the clients&#39; masks, fedselect",
     ]
     assert not re.search(r'(?:src|href)="(?!#)', text)
     assert "<script" not in text
@@ -114,3 +116,30 @@ def test_sizes_are_decimal(num: int, text: str) -> None:
 
 def test_a_size_beyond_megabytes_is_in_gigabytes() -> None:
     assert size(3.2e12) == "3200.00 GB"
+
+
+def test_matrices_hold_the_numbers_of_the_run(tmp_path) -> None:
+    run = hansa.train(config(tmp_path, rounds=2))
+    text = report([run]).read_text()
+    crossed = run.history.pairs("accuracy")
+    assert len(crossed) == 16
+    svg = text[text.index("Every model on every client") :]
+    shown = re.findall(r">(\d+)</text>", svg[: svg.index("</svg>")])
+    assert {f"{100 * value:.0f}" for value in crossed.values()} <= set(shown)
+
+
+def test_a_heat_map_draws_gaps_and_many_rows() -> None:
+    few = heatmap({("a", "b"): 0.25}, title="t", x="x", y="y")
+    assert ">25</text>" in few
+    many = {(f"c{k:02}", f"c{i:02}"): 0.5 for k in range(20) for i in range(20)}
+    text = heatmap(many, title="t", x="x", y="y")
+    assert text.count(">50</text>") == 0
+    assert "<image" not in text
+
+
+def test_entries_that_nobody_shares_are_drawn(tmp_path) -> None:
+    method = {"name": "fedselect", "rate": 1.0, "limit": 1.0}
+    run = hansa.train(config(tmp_path, rounds=3, participation={}, method=method))
+    assert "Entries that nobody shared, fedselect" in report([run]).read_text()
+    pruned = hansa.train(config(tmp_path, rounds=2, method={"name": "lotteryfl"}))
+    assert "Pruned share of every layer, lotteryfl" in report([pruned]).read_text()

@@ -117,6 +117,8 @@ def heatmap(
                     text = f"{100 * value:.0f}"
                     axes.text(i + 0.5, k + 0.5, text, ha="center", va="center", color=colour)
     bar = figure.colorbar(mesh, format=FuncFormatter(lambda value, _: f"{value:.0%}"))
+    if bar.solids is not None:
+        bar.solids.set_rasterized(False)  # a raster would be an image file inside the page
     bar.ax.tick_params(colors=_INK)
     return _svg(figure, axes)
 

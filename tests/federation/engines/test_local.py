@@ -254,3 +254,57 @@ def test_a_client_s_model_is_common_weights_with_its_own_buffers(method: Method)
 def test_local_only_sends_nothing_on_a_deep_tree_either() -> None:
     federation = engine(LocalOnly(), tree=Tree.grouped(clients(), 2))
     assert all(visit.up == visit.down == 0 for visit in run(federation, 1)[0].visits)
+
+
+def test_clients_are_compared_two_by_two() -> None:
+    federation = engine(FedSelect(rate=0.3, limit=0.6), data=clients(3))
+    with federation as running:
+        running.round(1)
+        assert running.round(2).pairs == ()
+        pairs = running.round(3, pairs=True).pairs
+    paths = list(federation.tree.leaves())
+    crossed = {(a, b): (total, count) for a, b, name, total, count in pairs if name == "accuracy"}
+    assert crossed.keys() == {(a, b) for a in paths for b in paths}
+    for (first, second), (correct, count) in crossed.items():
+        inputs, labels = federation.clients[second].batch("test")
+        found = federation.model_of(first)(inputs).argmax(1)
+        assert (correct, count) == (int((found == labels).sum()), len(labels))
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        one, other = (federation.state(paths[k]).group("mask") for k in (first, second))
+        for name in one:
+            shares = int((one[name] & other[name]).sum()), int((one[name] | other[name]).sum())
+            assert (paths[first], paths[second], f"iou:{name}", *shares) in pairs
+
+
+def test_only_models_of_the_clients_own_are_compared() -> None:
+    for method, names in ((FedAvg(), set()), (LocalOnly(), {"accuracy"})):
+        federation = engine(method)
+        with federation as running:
+            pairs = running.round(1, pairs=True).pairs
+        assert {name for _, _, name, _, _ in pairs} == names
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_newcomer_is_scored_before_and_after_its_training(name: str) -> None:
+    federation = engine(METHODS[name](), data=clients(3))
+    results = run(federation, 3)
+    before = everything(federation, results)
+    client = clients(4)["c3"]
+    found = federation.onboard("late", client, epochs=3)
+    assert everything(federation, results) == before
+    inputs, labels = client.batch("test")
+    after = federation.setup.task.materialise(found.params, found.buffers)(inputs).argmax(1)
+    assert found.after["accuracy"] == (int((after == labels).sum()), len(labels))
+    # Before its training it is worth what it received: the common model as far as there is one.
+    root, initial = federation.state().group("model"), federation.setup.task.params
+    start = federation.setup.task.materialise({**initial, **root}, federation.setup.task.buffers)
+    correct = int((start(inputs).argmax(1) == labels).sum())
+    assert found.before["accuracy"] == (correct, len(labels))
+
+
+def test_a_newcomer_s_mask_depends_on_the_rounds_before_it() -> None:
+    method = FedSelect(rate=0.3, limit=0.9, newcomer="select")
+    federation = engine(method)
+    run(federation, 3)
+    found = federation.onboard("late", clients(4)["c3"], epochs=1)
+    assert int(found.masks["body.weight"].sum()) == round((1 - 0.7**3) * 24)

@@ -1,23 +1,17 @@
 """Who does the work of leaves: this process, or a pool of others. Same calls, same numbers."""
 
-import multiprocessing
-import os
 import pickle
-import signal
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing.connection import wait
+from concurrent.futures import Future
+from contextlib import ExitStack
 from typing import Any, Protocol
-
-import torch
-import torch.multiprocessing
 
 from hansa.data.clients import Client
 from hansa.errors import InputError
 from hansa.federation.leaf import Leaf, Metrics
 from hansa.federation.message import Message, State
 from hansa.federation.wire import decode, encode
+from hansa.processes import pool
 
 Trained = tuple[State, Message, Metrics]
 Scores = dict[str, Metrics]
@@ -63,18 +57,12 @@ class ThisProcess:
 
 
 class Pool:
-    """Does the work in other processes, each on one thread.
-
-    Processes are spawned, not forked: a fork of a process whose PyTorch has started threads may
-    hang. States and messages cross as their encoded bytes.
-    """
+    """Does the work in other processes. States and messages cross as their encoded bytes."""
 
     def __init__(self, num: int, leaf: Leaf, clients: Mapping[str, Client]) -> None:
         self.ahead = 2 * num
-        context = torch.multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(
-            num, mp_context=context, initializer=_enter, initargs=(leaf, dict(clients))
-        )
+        self._stack = ExitStack()
+        self._executor = self._stack.enter_context(pool(num, _enter, leaf, dict(clients)))
 
     def train(self, path: str, round_: int, state: State, down: Message) -> Callable[[], Trained]:
         """Start training one leaf; the call waits for it."""
@@ -92,7 +80,7 @@ class Pool:
 
     def close(self) -> None:
         """End the processes."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._stack.close()
 
     def _submit(
         self, call: Callable[..., Any], path: str, round_: int, state: State, down: Message
@@ -121,17 +109,7 @@ _here: ThisProcess
 
 def _enter(leaf: Leaf, clients: dict[str, Client]) -> None:
     global _here
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
     _here = ThisProcess(leaf, clients)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 def _train(path: str, round_: int, state: bytes, down: bytes) -> tuple[bytes, bytes, Metrics]:

@@ -21,7 +21,7 @@ class LotteryFL(MaskedSharing):
     """Prune where the received part of the model is good enough, and rewind what is left.
 
     A masked entry is one that the client has pruned: it is zero, and not shared. Before its
-    training a client measures what it received on its validation data; at or above
+    training, from its second round on, a client measures what it received on its validation data; at or above
     ``accuracy``, and below the target, it prunes the smallest weights, tensor by tensor, and
     starts again from the initial values of the rest. Vectors (biases, norms) are not pruned.
     """
@@ -44,7 +44,7 @@ class LotteryFL(MaskedSharing):
         after = self.received(node, state, down)
         pruned = after.group("expected")
         model = _zeroed(after.group("model"), pruned)
-        if node.round > 1 and node.validate is not None:
+        if state and node.validate is not None:
             correct, count = node.validate(model, after.group("buffers"))["accuracy"]
             more = {name: self._prune(model[name], mask) for name, mask in pruned.items()}
             changes = any(not torch.equal(more[n], pruned[n]) for n in more)

@@ -1,0 +1,59 @@
+"""Pools of processes that leave nothing behind, however the main process ends."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+
+@contextmanager
+def pool(
+    num: int, start: Callable[..., None] | None = None, *arguments: Any
+) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool whose processes have one thread of PyTorch each and end with this process.
+
+    Processes are spawned, not forked: a fork of a process whose PyTorch has started threads may
+    hang. When the block ends by an exception, Ctrl-C included, they are ended at once.
+
+    Args:
+        num: number of processes.
+        start: called with ``arguments`` at the start of each.
+        *arguments: what can be pickled.
+    """
+    executor = ProcessPoolExecutor(
+        num,
+        mp_context=torch.multiprocessing.get_context("spawn"),
+        initializer=_enter,
+        initargs=(start, arguments),
+    )
+    try:
+        yield executor
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _enter(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    if start is not None:
+        start(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
