@@ -163,7 +163,7 @@ def test_the_page_shows_every_label_and_needs_nothing_from_elsewhere(found: Comp
     text = found.report().read_text()
     assert "<title>Hansa: t</title>" in text
     assert "seeds 0, 1" in text
-    for heading in ("Results", "Paired tests"):
+    for heading in ("Results", "Paired tests against local"):
         assert f"<h2>{heading}</h2>" in text
     titles = re.findall(r'aria-label="([^"]*)"', text)
     assert titles == [

@@ -8,6 +8,7 @@ import pytest
 
 from hansa.config import load
 from hansa.federation.methods import METHODS
+from hansa.federation.methods.official import QUIRKS
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +33,9 @@ def test_the_documented_configuration_is_valid() -> None:
     assert config.name == "ward-study"
 
 
-def test_every_method_is_documented() -> None:
+def test_every_method_its_options_and_quirks_are_documented() -> None:
     text = (ROOT / "docs" / "methods.md").read_text()
     assert all(f"| `{name}` |" in text for name in METHODS)
+    assert all(f"| `{quirk}` |" in text for quirk in QUIRKS)
+    options = {key for kind in METHODS.values() for key in kind.model_fields}
+    assert not [key for key in options if f"`{key}`" not in text and f"`{key} =" not in text]

@@ -125,6 +125,7 @@ def _results(runs: dict[str, Run]) -> dict[str, Any]:
             "seconds",
         ],
         "rows": rows,
+        "folded": False,
         "note": "Test accuracy over clients after the last round: mean, standard deviation, mean "
         "of the worst tenth. The chosen round is the one of highest validation accuracy. Bytes "
         "are those of all messages as encoded, over all rounds.",
@@ -140,7 +141,8 @@ def _absences(runs: dict[str, Run]) -> list[dict[str, Any]]:
             rows.append([label, len(fates), *counts])
     title = "Clients that were late or failed"
     columns = ["method", "asked", "answered", "late", "failed"]
-    return [{"title": title, "columns": columns, "rows": rows, "note": ""}] if rows else []
+    table = {"title": title, "columns": columns, "rows": rows, "folded": False, "note": ""}
+    return [table] if rows else []
 
 
 def _percent(values: dict[str, float] | None, key: str) -> str:
@@ -209,7 +211,12 @@ def masks_of(label: str, run: Run) -> list[dict[str, Any]]:
                 title,
                 "Share of all entries that no client sent in the round.",
                 lines(
-                    {"unshared": table["unshared"]}, title=title, x="round", y="share", percent=True
+                    {"unshared": table["unshared"]},
+                    title=title,
+                    x="round",
+                    y="share",
+                    percent=True,
+                    whole=False,
                 ),
             )
         )

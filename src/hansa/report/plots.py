@@ -33,9 +33,13 @@ def lines(
     x: str,
     y: str,
     percent: bool = False,
+    whole: bool = True,
     bytes_: bool = False,
 ) -> str:
-    """Return one line per series over points (x, y), with a legend beside the plot."""
+    """Return one line per series over points (x, y), with a legend beside the plot.
+
+    ``percent`` shows shares, on an axis from 0 to 100 % where ``whole``, else as far as they go.
+    """
     figure, axes = _figure(title, x, y)
     for k, (name, points) in enumerate(series.items()):
         xs, ys = [p[0] for p in points], [p[1] for p in points]
@@ -45,13 +49,16 @@ def lines(
             label=textwrap.fill(name, 28),
             color=COLOURS[k % len(COLOURS)],
             linestyle=DASHES[k // len(COLOURS) % len(DASHES)],
-            marker=MARKERS[k % len(MARKERS)],
+            marker=MARKERS[(k + k // len(COLOURS)) % len(MARKERS)],
             markersize=4,
             markevery=max(1, len(xs) // 10),
             linewidth=1.8,
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _format(axes, percent, bytes_)
+    if percent and not whole:
+        axes.set_ylim(0, 1.1 * max(y for points in series.values() for _, y in points))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     return _svg(figure, axes)
 
 

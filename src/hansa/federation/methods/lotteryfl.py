@@ -20,8 +20,8 @@ from hansa.models.task import Batch
 class LotteryFL(MaskedSharing):
     """Prune where the received part of the model is good enough, and rewind what is left.
 
-    A masked entry is one that the client has pruned: it is zero, and not shared. Before its
-    training, from its second round on, a client measures what it received on its validation data; at or above
+    A masked entry is one that the client has pruned: it is zero, and not shared. From its second
+    round on a client first measures what it received on its validation data; at or above
     ``accuracy``, and below the target, it prunes the smallest weights, tensor by tensor, and
     starts again from the initial values of the rest. Vectors (biases, norms) are not pruned.
     """

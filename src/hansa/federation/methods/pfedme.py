@@ -27,8 +27,7 @@ class PFedMe(FedAvg):
 
     name: ClassVar[str] = "pfedme"
     lam: float = Field(1.0, gt=0, allow_inf_nan=False, strict=True)
-    """Weight lambda of the pull between the two; the paper uses 15 with learning rates of 0.01
-    and below."""
+    """Weight lambda of the pull between the two; a learning rate times it must not exceed 1."""
     steps: int = Field(5, ge=1, strict=True)
     """Steps K of theta on each batch."""
     local_lr: float | None = Field(None, gt=0, allow_inf_nan=False, strict=True)
