@@ -71,8 +71,9 @@ def tasks(data: str | None, handwriting: str | None) -> dict[str, dict[str, Any]
     made = {f"digits-{s}": _with(digits, {"kind": "shards", "classes": s}) for s in (2, 4)}
     made["digits-5"] = _with(digits, {"kind": "shards", "classes": 5}, rounds=30)
     made["digits-5"]["data"]["train_per_class"] = 2
-    made["digits-2-larger-steps"] = _with(digits, {"kind": "shards", "classes": 2})
-    made["digits-2-larger-steps"]["training"] = {"lr": 0.1, "batch_size": 5, "epochs": 5}
+    for s in (2, 4, 5):
+        larger = {"lr": 0.1, "batch_size": 5, "epochs": 5}
+        made[f"digits-{s}-larger-steps"] = {**made[f"digits-{s}"], "training": larger}
     shifts = {"kind": "shift", "shifts": ["none", "noise", "rotation"]}
     made["digits-shift"] = _with(digits, shifts)
     made["digits-shift"]["data"]["train_per_class"] = 2
