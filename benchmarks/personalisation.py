@@ -1,11 +1,14 @@
 """Test accuracy of every personalised method and its baselines on skewed clients.
 
-Tasks: handwritten digits in shards of 2, 4 and 5 classes per client, digits seen through different
-shifts; with ``--data`` CIFAR-10 from Parquet files in shards of 2 and 4; with ``--handwriting``
-characters by their writers. One optimizer setting per task for all methods. FedSelect's rate and
-limit, the workshop form's rate, and Ditto's pull are chosen for each task by mean validation
-accuracy over the seeds; test data have no part in it. Random mask and least change take the rate
-and limit that were chosen for FedSelect, so that their masks are of equal size.
+Tasks: handwritten digits in shards of 2, 4 and 5 classes per client, each with small and with
+larger steps, and digits seen through different shifts; with ``--data`` CIFAR-10 from Parquet files
+in shards of 2 and 4; with ``--handwriting`` characters by their writers.
+
+A task's model, learning rate, batches and rounds are part of it, set by hand and the same for all
+methods. FedSelect's rate and limit, the workshop form's rate and Ditto's pull are chosen for each
+task by mean validation accuracy over the seeds; test data have no part in that choice. Random mask
+and least change take the rate and limit chosen for FedSelect, so that their masks are of equal
+size; on digits random mask is also tuned by itself.
 
     python benchmarks/personalisation.py [--quick] [--json] [--processes 2] [--tasks a,b]
         [--data 'PATH/cifar10-*.parquet'] [--handwriting 'PATH/*.parquet'] [--output FOLDER]
@@ -38,20 +41,21 @@ PLAIN = (
     "lotteryfl",
     "head-mask",
 )
-GRIDS: dict[str, dict[str, dict[str, Any]]] = {
-    "fedselect": {
-        f"fedselect.{rate}-{limit}": {"rate": rate, "limit": limit}
-        for rate in (0.05, 0.25)
-        for limit in (0.05, 0.3, 0.8)
-    },
-    "fedselect-workshop": {
-        f"workshop.{rate}": {"mode": "workshop", "rate": rate} for rate in (0.25, 0.5, 0.75)
-    },
-    "ditto": {f"ditto.{mu}": {"mu": mu} for mu in (0.1, 1.0)},
-}
-"""What is tuned: row of the table -> label -> options tried."""
-METHOD_OF = {"fedselect": "fedselect", "fedselect-workshop": "fedselect", "ditto": "ditto"}
 CONTROLS = ("random-mask", "least-change")
+
+
+def grids(task: str) -> dict[str, tuple[str, list[dict[str, Any]]]]:
+    """Return what is tuned for a task: row of the table -> method and options tried."""
+    small = task.startswith("digits")
+    rates = (0.05, 0.25) if small else (0.25,)
+    shares = [{"rate": rate, "limit": limit} for rate in rates for limit in (0.05, 0.3, 0.8)]
+    workshop = {"mode": "workshop", "select_epochs": 5 if small else 1}
+    made = {
+        "fedselect": ("fedselect", shares),
+        "fedselect-workshop": ("fedselect", [{**workshop, "rate": p} for p in (0.25, 0.5, 0.75)]),
+        "ditto": ("ditto", [{"mu": mu} for mu in (0.1, 1.0)]),
+    }
+    return made | ({"random-mask-tuned": ("random-mask", shares)} if small else {})
 
 
 def tasks(data: str | None, handwriting: str | None) -> dict[str, dict[str, Any]]:
@@ -125,22 +129,30 @@ def measure(
         return hansa.compare(grid, seeds=seeds, processes=processes, watch=_watch).rows
 
     tables: dict[str, dict[str, Any]] = {label: {} for label in PLAIN}
-    for row, tried in GRIDS.items():
-        tables |= {label: {"name": METHOD_OF[row], **o} for label, o in tried.items()}
+    labels: dict[str, dict[str, dict[str, Any]]] = {}
+    for row, (method, tried) in grids(config["name"]).items():
+        labels[row] = {_label(method, options): options for options in tried}
+        tables |= {label: {"name": method, **o} for label, o in labels[row].items()}
     found = run(tables)
     rows = {label: found[label] for label in PLAIN}
     chosen = {}
-    for row, tried in GRIDS.items():
-        best = max(tried, key=lambda label: found[label]["validation"]["mean"])
-        rows[row], chosen[row] = found[best], tried[best]
+    for row, tables in labels.items():
+        best = max(tables, key=lambda label: found[label]["validation"]["mean"])
+        rows[row], chosen[row] = found[best], tables[best]
     same = chosen["fedselect"]
-    controls = {f"{c}.{same['rate']}-{same['limit']}": {"name": c, **same} for c in CONTROLS}
-    rows |= {row["method"]: row for row in run(controls).values()}
+    found = run({_label(name, same): {"name": name, **same} for name in CONTROLS})
+    rows |= {row["method"]: row for row in found.values()}
     return rows, {row: _text(options) for row, options in chosen.items()}
 
 
+def _label(method: str, options: Mapping[str, Any]) -> str:
+    return ".".join([method, *(str(value) for value in options.values())])
+
+
 def _text(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in options.items() if key != "mode")
+    return ", ".join(
+        f"{key} {value}" for key, value in options.items() if key not in ("mode", "select_epochs")
+    )
 
 
 def _watch(done: int, total: int, run: hansa.Run) -> None:

@@ -125,6 +125,9 @@ def test_a_run_of_another_configuration_is_refused(tmp_path) -> None:
         ({"seeds": (1, 1)}, "--seeds: found 1, 1; allowed: different seeds"),
         ({"seeds": (-1,)}, "seed: found -1"),
         ({"processes": 0}, "--processes: found 0"),
+        ({"overrides": ["seed=7"]}, "--set: found seed; allowed: --seeds"),
+        ({"overrides": ["data.test=0.0"]}, r"data.test: found 0.0; allowed: more than 0"),
+        ({"overrides": ["methods.half.limit=2"]}, r"method.limit: found 2; allowed: less"),
         ({"methods": ["fedsel"]}, "--methods: found 'fedsel'; allowed: local, half, local, fedavg"),
         ({"methods": ["local", "local"]}, "--methods: found local, local; allowed: different"),
     ],
@@ -154,9 +157,54 @@ def test_wrong_tables_are_named_before_any_work(tmp_path, methods: Any, message:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_method_by_its_name_takes_the_options_of_the_configuration(tmp_path) -> None:
-    found = hansa.compare(grid(tmp_path), methods=["fedselect"], seeds=(0,))
-    assert found.runs["fedselect"][0].config.method == hansa.FedSelect(rate=0.2)
+def test_variants_of_the_configured_method_take_its_options(tmp_path) -> None:
+    found = hansa.compare(
+        grid(tmp_path, rounds=1),
+        methods=["fedselect", "random-mask", "fedavg", "half"],
+        seeds=(0,),
+        overrides=["method.limit=0.4", "methods.half.rate=0.1"],
+    )
+    methods = {label: runs[0].config.method for label, runs in found.runs.items()}
+    assert methods == {
+        "fedselect": hansa.FedSelect(rate=0.2, limit=0.4),
+        "random-mask": hansa.RandomMask(rate=0.2, limit=0.4),
+        "fedavg": hansa.FedAvg(),
+        "half": hansa.FedSelect(rate=0.1, limit=0.5),
+    }
+
+
+def test_a_run_that_was_extended_and_interrupted_is_not_taken_as_finished(tmp_path) -> None:
+    run = hansa.compare(grid(tmp_path, rounds=1), ["local"], (0,)).runs["local"][0]
+
+    def stop(_: object, result: Any) -> None:
+        if result.number == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hansa.train(resume=run.path, overrides=["rounds=3"], watch=stop)
+    assert not (run.path / "summary.json").exists()
+    hansa.compare(grid(tmp_path, rounds=3), ["local"], (0,))
+    assert json.loads((run.path / "summary.json").read_text())["rounds"] == 3
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path) -> None:
+    folder = tmp_path / "t" / "local-seed0"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(hansa.InputError, match=r"a folder that is no run \(notes.txt\)"):
+        hansa.compare(grid(tmp_path), ["local"], (0,))
+
+
+def test_equal_differences_tie() -> None:
+    shares = [(k + 2) / 20 for k in range(10)]
+    comparison = Comparison(Path(), {"a": {}, "b": {}})
+    comparison.__dict__["accuracies"] = {
+        "a": {0: {str(k): share for k, share in enumerate(shares)}},
+        "b": {0: {str(k): share + (0.05 if k < 4 else -0.05) for k, share in enumerate(shares)}},
+    }
+    (pair,) = comparison.pairs
+    assert (pair.wins, pair.losses) == (6, 4)
+    assert pair.p == pytest.approx(wilcoxon([-1.0] * 4 + [1.0] * 6).pvalue)
 
 
 def test_the_page_shows_every_label_and_needs_nothing_from_elsewhere(found: Comparison) -> None:

@@ -37,7 +37,7 @@ def test_overrides_leave_the_given_values_alone() -> None:
         ("method.name=fedsel", "method.name: found 'fedsel'; allowed: local, fedavg,"),
         (
             "method.alpha=1",
-            "method.alpha: found an unknown key; allowed: name, weighting, mode, rate, limit",
+            "method.alpha: found an unknown key; allowed: name, weighting, rate, limit",
         ),
         ("method=3", "method: found 3; allowed: a table"),
         ("data.partition.kind=pie", "data.partition.kind: found 'pie'; allowed: 'iid', 'shards'"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hansa
+from hansa.federation.methods import METHODS
 from hansa.models import Architecture, build
 from hansa.training import prepare
 from support import config
@@ -37,13 +38,29 @@ def test_an_exported_bundle_is_the_client_s_model_with_its_masks_and_line(tmp_pa
     assert {name: float(mask.sum()) for name, mask in read.masks.items()} == held
 
 
-def test_a_client_of_a_method_that_keeps_nothing_is_given_the_common_model(tmp_path) -> None:
-    run = hansa.train(config(tmp_path, method={"name": "fedavg"}))
-    made = hansa.export(run, "client-0", tmp_path / "mine")
-    common = hansa.read_bundle(run.path / "bundle")
-    assert made.weights.keys() == common.weights.keys()
-    assert all(torch.equal(made.weights[n], common.weights[n]) for n in common.weights)
-    assert not made.masks
+@pytest.mark.parametrize("name", METHODS)
+def test_an_exported_model_is_the_one_on_the_card(tmp_path, name: str) -> None:
+    run = hansa.train(config(tmp_path, rounds=2, method={"name": name}))
+    made = hansa.export(run, "client-2", tmp_path / "mine")
+    model = build(Architecture(**made.architecture))
+    model.load_state_dict(dict(made.weights))
+    inputs, labels = prepare(run.config).data.clients["client-2"].batch("test")
+    with torch.no_grad():
+        accuracy = (model.eval()(inputs).argmax(1) == labels).double().mean().item()
+    assert made.card["metrics"]["test"]["accuracy"] == pytest.approx(accuracy)
+    assert made.card["metrics"]["scored"] == METHODS[name].scored
+
+
+def test_an_unfinished_run_has_no_common_model_to_descend_from(tmp_path) -> None:
+    run = hansa.train(config(tmp_path, rounds=1))
+
+    def stop(_: object, result: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hansa.train(resume=run.path, overrides=["rounds=2"], watch=stop)
+    made = hansa.export(run.path, "client-0")
+    assert [step["stage"] for step in made.lineage] == ["personalise"]
 
 
 def test_a_method_without_a_common_model_exports_as_well(tmp_path) -> None:
@@ -55,6 +72,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path) -> None:
     run = hansa.train(config(tmp_path, rounds=1))
     with pytest.raises(hansa.InputError, match=r"name: found 'client-9'; allowed: one of client-0"):
         hansa.export(run, "client-9")
+    with pytest.raises(hansa.InputError, match="client: found 'root'"):
+        hansa.export(run, "root")
     (tmp_path / "taken").mkdir()
     with pytest.raises(hansa.InputError, match="a file or folder that is no bundle"):
         hansa.export(run, "client-0", tmp_path / "taken")

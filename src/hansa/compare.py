@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hansa.config import RunConfig, difference, load, read
+from hansa.config import RunConfig, difference, load, override, read
 from hansa.errors import InputError
 from hansa.federation.methods import METHODS
 from hansa.processes import pool
@@ -35,9 +35,10 @@ def compare(
             may have tables ``[methods.LABEL]``, each with options and a ``name``, by default
             LABEL: the methods to compare.
         methods: labels of those tables, or names of methods, which then have the options of
-            ``[method]`` where that names them, or else their defaults; by default all tables.
+            ``[method]`` where they are that method or a variant of it (as the controls are of
+            FedSelect), or else their defaults; by default all tables.
         seeds: seeds of the runs.
-        overrides: ``key=value`` with dotted keys, applied to every run.
+        overrides: ``key=value`` with dotted keys, applied to the configuration.
         processes: runs at the same time.
         watch: called whenever a run is finished.
 
@@ -49,8 +50,11 @@ def compare(
     if processes < 1:
         raise InputError("--processes", processes, "1 or more")
     grid, folder = _grid(config, methods, seeds, tuple(overrides))
-    # Before any work, so that wrong input shows at once; the method is all that differs.
-    todo = {label: cell for (label, _), cell in grid.items() if not _is_done(cell)}
+    # One run of each method is prepared before any work, so that wrong input shows at once.
+    todo: dict[str, RunConfig] = {}
+    for (label, _), cell in grid.items():
+        if not _is_done(cell):
+            todo.setdefault(label, cell)
     for cell in todo.values():
         prepare(cell)
     runs: dict[str, dict[int, Run]] = {}
@@ -80,6 +84,10 @@ def _grid(
     overrides: tuple[str, ...],
 ) -> tuple[dict[tuple[str, int], RunConfig], Path]:
     values = dict(config) if isinstance(config, Mapping) else read(Path(config))
+    for text in overrides:
+        values = override(values, text)
+        if text.partition("=")[0].strip() == "seed":
+            raise InputError("--set", "seed", "--seeds")
     tables = values.pop("methods", {})
     if not isinstance(tables, Mapping) or not all(isinstance(t, Mapping) for t in tables.values()):
         raise InputError("methods", repr(tables), "tables [methods.LABEL]")
@@ -89,15 +97,19 @@ def _grid(
         raise InputError(
             "--methods", ", ".join(labels) or "nothing", f"different ones of {allowed}"
         )
-    base = load(values, overrides)
+    base = load(values)
+    if not base.data.test:
+        raise InputError("data.test", base.data.test, "more than 0, to compare by")
     folder = Path(base.output) / base.name
     own = base.as_dict()["method"]
+    options = {key: value for key, value in own.items() if key != "name"}
     grid = {}
     for label in labels:
         if label in tables:
             method = {"name": label, **tables[label]}
         elif label in METHODS:
-            method = own if own["name"] == label else {"name": label}
+            variant = issubclass(METHODS[label], type(base.method))
+            method = {"name": label, **(options if variant else {})}
         else:
             raise InputError("--methods", repr(label), allowed)
         for seed in seeds:
@@ -133,8 +145,9 @@ def _run(values: dict[str, Any]) -> Path:
         return path
     if (path / "config.toml").is_file():
         return train(config, resume=path).path
-    # What a kill may leave of a run that was just being made.
-    (path / "checkpoint.json").unlink(missing_ok=True)
-    if path.is_dir():
+    if path.is_dir():  # what a kill may leave of a run that was just being made
+        if odd := {entry.name for entry in path.iterdir()} - {"checkpoint.json"}:
+            raise InputError(str(path), f"a folder that is no run ({odd.pop()})", "no such folder")
+        (path / "checkpoint.json").unlink(missing_ok=True)
         path.rmdir()
     return train(config).path

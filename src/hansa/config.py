@@ -99,8 +99,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
         InputError: naming the first key that is wrong, what was found and what is allowed.
     """
     values = dict(source) if isinstance(source, Mapping) else read(Path(source))
-    for override in overrides:
-        values = _override(values, override)
+    for text in overrides:
+        values = override(values, text)
     return _validate(values)
 
 
@@ -136,7 +136,12 @@ def read(path: Path) -> dict[str, Any]:
         raise InputError(str(path), f"unreadable ({error.strerror})", "a file") from error
 
 
-def _override(values: dict[str, Any], text: str) -> dict[str, Any]:
+def override(values: dict[str, Any], text: str) -> dict[str, Any]:
+    """Return values with one ``key=value`` put into them.
+
+    Raises:
+        InputError: it is no such text, or its key leads through what is no table.
+    """
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

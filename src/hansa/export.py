@@ -5,15 +5,16 @@ from typing import Any
 
 from hansa import bundle
 from hansa.errors import InputError
+from hansa.federation.tree import ROOT
 from hansa.runs import Run
 from hansa.training import prepare
 
 
 def export(run: str | Path | Run, client: str, out: str | Path | None = None) -> bundle.Bundle:
-    """Write the model that a client holds after a run's last round, with its masks.
+    """Write the model by which a client is scored after a run's last round, with its masks.
 
-    The bundle's lineage goes through the run's common model, where the method has one. A client
-    of a method that keeps nothing at its clients is given the common model.
+    That is its own, the common one, or the common one after fine-tuning, as the method has it.
+    The bundle's lineage goes through the run's common model, where the method has one.
 
     Args:
         run: a run, or its folder.
@@ -27,6 +28,8 @@ def export(run: str | Path | Run, client: str, out: str | Path | None = None) ->
     run = run if isinstance(run, Run) else Run(run)
     if not run.round:
         raise InputError(str(run.path), "a run without a whole round", "at least one round")
+    if client == ROOT:
+        raise InputError("client", repr(client), "a client; the common model is in bundle/")
     trial = prepare(run.config)
     with run.claimed(run.config, trial.facts):
         federation = trial.federation
@@ -34,19 +37,20 @@ def export(run: str | Path | Run, client: str, out: str | Path | None = None) ->
         weights = federation.model_of(client).state_dict()
         masks = federation.masks_of(client)
     common = run.path / "bundle"
+    finished = (run.path / "summary.json").exists() and common.exists()
     return trial.write_bundle(
         Path(out) if out is not None else run.path / "clients" / client,
         "personalise",
         weights,
         _scores(run, client),
         masks,
-        bundle.read_bundle(common) if common.exists() else None,
+        bundle.read_bundle(common) if finished else None,
     )
 
 
 def _scores(run: Run, client: str) -> dict[str, Any]:
     """Return the client's last scores: split -> metric -> value, and the round they are of."""
-    scores: dict[str, Any] = {"client": client}
+    scores: dict[str, Any] = {"client": client, "scored": run.config.method.scored}
     for split in ("validation", "test"):
         for metric in ("accuracy", "loss"):
             by_round = run.history.scored(split, metric)

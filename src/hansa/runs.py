@@ -126,6 +126,8 @@ class Run:
                 write_atomic(self.path / "config.toml", config.as_toml())
             self.checkpoint |= {"format": FORMAT, **facts}
             self._write_checkpoint()
+            if self.round < config.rounds:  # a summary stands for a finished run
+                (self.path / "summary.json").unlink(missing_ok=True)
             yield
 
     def store(self) -> DiskStore:

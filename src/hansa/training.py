@@ -54,7 +54,8 @@ def train(
         common = None
         if wanted.method.common:
             weights = trial.federation.model_of(ROOT).state_dict()
-            metrics = run.history.summary()["metrics"]
+            # These are of the clients' models: what is scored, the method says.
+            metrics = {"scored": wanted.method.scored, **run.history.summary()["metrics"]}
             common = trial.write_bundle(run.path / "bundle", "train", weights, metrics)
         run.finish(common)
     return run

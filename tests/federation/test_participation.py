@@ -181,3 +181,17 @@ def test_rules_cannot_change_during_a_run() -> None:
     rule = Participation()
     with pytest.raises(ValidationError):
         rule.fraction = 0.5  # type: ignore[misc]
+
+
+def test_a_sample_drawn_once_stays_and_grows_when_newcomers_join() -> None:
+    children = [f"root/c{k}" for k in range(10)]
+    rules = Participation(fraction=0.5, sampling="once", newcomers=4, join_round=4)
+    asked = [rules.choose(children, 0, "root", number) for number in range(1, 8)]
+    assert len(asked[0]) == 3
+    assert set(asked[0]) <= set(children[:6])
+    assert asked[0] == asked[1] == asked[2]
+    assert len(asked[3]) == 5
+    assert set(asked[0]) < set(asked[3])
+    assert asked[3] == asked[6]
+    anew = Participation(fraction=0.5)
+    assert len({tuple(anew.choose(children, 0, "root", number)) for number in range(1, 8)}) > 1

@@ -91,11 +91,7 @@ class Leaf:
         node = self._node(path, round_, client)
         if self.method.scored != "trained" or not state:
             state = self.method.receive(node, state, down)
-        params, buffers = self.method.model(self.setup, state)
-        if self.method.scored == "tuned":
-            epochs = self.method.tune_epochs(self.setup)
-            work = self._fit(node, self.method.tune(node, state), client, epochs)
-            params, buffers = work["params"], work["buffers"]
+        params, buffers = self._model(node, client, state)
         with global_stream(self.seed, path, round_, "score"):
             scores: dict[str, Metrics] = {
                 split: self.setup.task.evaluate(params, buffers, client.batch(split))
@@ -105,6 +101,26 @@ class Leaf:
         for metrics in scores.values():
             _check_finite(node, metrics["loss"][0])
         return {**scores, "state": self.method.describe(self.setup, state)}
+
+    def model(
+        self, path: str, round_: int, client: Client, state: State, down: Message
+    ) -> tuple[Tensors, Tensors]:
+        """Return parameters and buffers of the model that ``score`` scores.
+
+        Raises:
+            DivergedError: fine-tuning ended in an infinite or NaN loss or weight.
+        """
+        node = self._node(path, round_, client)
+        if self.method.scored != "trained" or not state:
+            state = self.method.receive(node, state, down)
+        return self._model(node, client, state)
+
+    def _model(self, node: Node, client: Client, state: State) -> tuple[Tensors, Tensors]:
+        if self.method.scored != "tuned":
+            return self.method.model(self.setup, state)
+        epochs = self.method.tune_epochs(self.setup)
+        work = self._fit(node, self.method.tune(node, state), client, epochs)
+        return work["params"], work["buffers"]
 
     def onboard(
         self, path: str, round_: int, client: Client, down: Message, epochs: int
@@ -154,13 +170,8 @@ class Leaf:
                     for phase in phases:
                         for batch in _batches(data, order, self.setup.training.batch_size):
                             work = self.method.step(self.setup, work, batch, phase)
+                _check_work(node, work)
                 work = self.method.after(node, work, stage)
-        # One look after the last step is enough: a sum that was NaN once stays so.
-        _check_finite(node, float(work["metrics"]["loss"]))
-        for group in work.values():
-            for name, tensor in group.items():
-                if not tensor.isfinite().all():
-                    raise DivergedError(node.path, node.round, f"{name} is not finite")
         return work
 
 
@@ -168,6 +179,15 @@ def _batches(data: Batch, order: torch.Tensor, size: int) -> Iterator[Batch]:
     inputs, labels = data
     for chosen in order.split(size):
         yield inputs[chosen], labels[chosen]
+
+
+def _check_work(node: Node, work: Work) -> None:
+    # One look at the end of a stage is enough: a sum that was NaN once stays so.
+    _check_finite(node, float(work["metrics"]["loss"]))
+    for group in work.values():
+        for name, tensor in group.items():
+            if not tensor.isfinite().all():
+                raise DivergedError(node.path, node.round, f"{name} is not finite")
 
 
 def _check_finite(node: Node, loss: float) -> None:

@@ -40,14 +40,18 @@ class Participation(BaseModel):
 
     def choose(self, children: Sequence[str], seed: int, path: str, round_: int) -> list[str]:
         """Return the children asked in this round, in order, drawn without replacement."""
-        if self.newcomers and round_ < self.join_round:
-            children = children[: -self.newcomers]
-        count = max(1, math.floor(self.fraction * len(children) + 0.5))
-        if count >= len(children):
-            return list(children)
-        when = round_ if self.sampling == "rounds" else "once"
-        stream = numpy_generator(seed, path, when, "participation")
-        return [children[k] for k in sorted(stream.permutation(len(children))[:count])]
+        old = len(children) - self.newcomers
+        present = list(children if round_ >= self.join_round else children[:old])
+        count = max(1, math.floor(self.fraction * len(present) + 0.5))
+        if count >= len(present):
+            return present
+        if self.sampling == "rounds":
+            stream = numpy_generator(seed, path, round_, "participation")
+            return [present[k] for k in sorted(stream.permutation(len(present))[:count])]
+        order = numpy_generator(seed, path, "once", "participation").permutation(len(children))
+        # Newcomers stand behind the others, so that those who were asked stay.
+        ranked = [k for k in order if k < old] + [k for k in order if k >= old]
+        return [present[k] for k in sorted([k for k in ranked if k < len(present)][:count])]
 
     def seconds(self, seed: int, path: str, steps: int) -> float:
         """Return the simulated seconds that a client needs for its local steps."""

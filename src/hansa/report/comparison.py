@@ -18,7 +18,7 @@ from hansa.runs import Run
 
 @dataclass(frozen=True)
 class Pair:
-    """How two methods differ on the same clients of the same seeds.
+    """How two methods differ on the same clients of the same seeds, those that both scored.
 
     Attributes:
         first: label of one method.
@@ -89,9 +89,12 @@ class Comparison:
             differences = np.array(
                 [a[s][c] - b[s][c] for s in a for c in sorted(a[s].keys() & b[s].keys())]
             )
+            # Equal differences tie, whatever the last bit of a share of test samples.
+            differences = differences.round(9)
             p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0
             wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
-            pairs.append(Pair(first, second, float(differences.mean()), wins, losses, p))
+            difference = float(differences.mean()) if len(differences) else 0.0
+            pairs.append(Pair(first, second, difference, wins, losses, p))
         return _holm(pairs)
 
     def report(self, out: Path | None = None) -> Path:

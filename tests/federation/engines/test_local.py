@@ -13,7 +13,6 @@ from hansa.federation.message import Message
 from hansa.federation.methods import (
     METHODS,
     FedAvg,
-    FedAvgTuned,
     FedPer,
     FedSelect,
     LocalOnly,
@@ -237,7 +236,7 @@ def test_parameters_are_contiguous_whatever_the_layout_of_the_model() -> None:
     assert Task(model).params["0.weight"].is_contiguous()
 
 
-@pytest.mark.parametrize("method", [FedAvg(), FedAvgTuned(), FedPer()])
+@pytest.mark.parametrize("method", [FedAvg(), FedPer()])
 def test_a_client_s_model_is_common_weights_with_its_own_buffers(method: Method) -> None:
     data = clients(per_client=8)
     federation = engine(method, model=net(nn.BatchNorm1d(6)), data=data, buffers="local")

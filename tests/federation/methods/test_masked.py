@@ -290,3 +290,21 @@ def test_votes_count_the_masks_that_clients_hold_now() -> None:
     assert root.scalars["known"] == 4
     for name, votes in root.group("votes").items():
         assert torch.equal(votes, torch.stack([masks[name] for masks in held]).sum(0).int())
+
+
+def test_a_client_that_waits_is_described_by_the_mask_it_would_be_given() -> None:
+    rules = Participation(newcomers=1, join_round=4)
+    method = FedSelect(rate=0.4, limit=0.6, newcomer="majority")
+    federation = engine(method, data=clients(4), participation=rules)
+    result = run(federation, 3)[-1]
+    given = method.newcomer_mask(federation._node(ROOT, 4), federation.state())
+    assert any(held.any() for held in given.values())
+    assert same(federation.masks_of("root/c3"), given)
+    about = result.scores["root/c3"]["state"]
+    assert about["personal:body.weight"] == (float(given["body.weight"].sum()), 24.0)
+
+
+def test_a_selection_of_newcomers_takes_time() -> None:
+    setup = row_node().setup
+    passes = FedSelect(newcomer="select", select_epochs=7).passes(setup)
+    assert passes == FedSelect().passes(setup) + 7

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hansa.federation.leaf import Leaf
+from hansa.federation.leaf import DivergedError, Leaf
 from hansa.federation.message import State
 from hansa.federation.methods import FedAvg, FedSelect
 from hansa.federation.methods.masks import keep
@@ -196,3 +196,26 @@ def test_biases_can_be_left_out() -> None:
 def test_two_runs_are_equal_bit_for_bit() -> None:
     first, second = engine(workshop()), engine(workshop())
     assert everything(first, run(first)) == everything(second, run(second))
+
+
+def test_adam_starts_afresh_after_every_rewind() -> None:
+    federation = engine(workshop(), training=Training(optimizer="adam", lr=0.01, batch_size=3))
+    method, setup = federation.method, federation.setup
+    node = federation._leaf._node("root/c0", 1, clients()["c0"])
+    ((_, down),) = method.dispatch(
+        node, federation.state(), federation._children(ROOT, ["root/c0"])
+    )
+    state = method.receive(node, State(), down)
+    batch = clients()["c0"].batch("train")
+    begun = method.begin(node, state)
+    once = method.step(setup, begun, batch, "select")
+    # Everything stays a candidate, so the first step of the second iteration is the same one.
+    free = FedSelect(mode="workshop", rate=1.0, iterations=3, select_epochs=1)
+    again = method.step(setup, free.after(node, once, "select0"), batch, "select")
+    assert same(again["params"], once["params"])
+
+
+def test_a_loss_that_is_no_number_in_a_selection_is_not_rewound_away() -> None:
+    training = Training(lr=1e30, batch_size=3)
+    with pytest.raises(DivergedError):
+        run(engine(workshop(select_epochs=3), training=training), 1)

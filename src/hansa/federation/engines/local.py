@@ -139,9 +139,9 @@ class LocalEngine:
         scores = dict(self._score(root, self.state())) if score else {}
         if score and (about := self.method.describe(self.setup, self.state())):
             scores[ROOT] = {"state": about}
+        self.rounds_done = number
         compared = tuple(self._pairs()) if pairs else ()
         self.store.commit(number)
-        self.rounds_done = number
         visits.sort(key=lambda visit: visit.path)
         return RoundResult(number, tuple(visits), scores, perf_counter() - start, compared)
 
@@ -151,18 +151,14 @@ class LocalEngine:
         return state or (self.method.start_root(self._node(ROOT, 0)) if path == ROOT else state)
 
     def model_of(self, path: str) -> torch.nn.Module:
-        """Return the model that a node holds, as a module of its own.
-
-        A client of a method that keeps nothing at its clients holds the common model.
-        """
-        state = self.state(path)
-        if path != ROOT and (not state or self.method.scored != "trained"):
-            state = self._received(path)
-        return self.setup.task.materialise(*self.method.model(self.setup, state))
+        """Return the model of a node, as a module of its own: at a leaf the one that is scored."""
+        if self.tree.is_leaf(path):
+            return self.setup.task.materialise(*self._model(path))
+        return self.setup.task.materialise(*self.method.model(self.setup, self._held(path)))
 
     def masks_of(self, path: str) -> Tensors:
         """Return a client's masks by parameter; none for a method without masks."""
-        return self.method.masks(self.setup, self.state(path))
+        return self.method.masks(self.setup, self._held(path))
 
     def onboard(self, name: str, client: Client, epochs: int) -> Newcomer:
         """Return what a client that is not in the tree gains by joining; nothing is kept."""
@@ -175,14 +171,14 @@ class LocalEngine:
         """Yield how clients' own models and masks compare, two by two."""
         if self.method.scored != "trained":
             return
-        states = {path: self.state(path) for path in self.tree.leaves()}
         masks = {}
-        for first, state in states.items():
-            held = self.method.model(self.setup, state or self._received(first))
-            for second, client in self.clients.items():
+        for first in self.tree.leaves():
+            held = self._model(first)
+            for second in self.tree.leaves():
+                client = self.clients[second]
                 if client.count("test"):
                     yield first, second, "accuracy", *self._leaf.cross(client, *held)
-            masks[first] = self.method.masks(self.setup, state)
+            masks[first] = self.masks_of(first)
         for first, second in combinations(masks, 2):
             both, either = 0.0, 0.0
             for name, mask in masks[first].items():
@@ -193,12 +189,24 @@ class LocalEngine:
             if masks[first]:
                 yield first, second, "iou", both, either
 
-    def _received(self, path: str) -> State:
-        """Return the state of a node that would just have been sent the newest message."""
+    def _model(self, path: str) -> tuple[Tensors, Tensors]:
+        client, state = self.clients[path], self.store.get(path)
+        return self._leaf.model(path, self.rounds_done, client, state, self._sent(path))
+
+    def _held(self, path: str) -> State:
+        """Return a leaf's own state; elsewhere, or where it has none, what it would receive."""
+        state = self.state(path)
+        own = self.tree.is_leaf(path) and state and self.method.scored == "trained"
+        if path == ROOT or own:
+            return state
+        return self.method.receive(self._node(path, self.rounds_done), state, self._sent(path))
+
+    def _sent(self, path: str) -> Message:
+        """Return the newest message that a node would be sent."""
         parent, _, _ = path.rpartition("/")
-        above = self.state() if parent == ROOT else self._received(parent)
-        sent = self.method.dispatch(self._node(parent, 0), above, self._children(parent, [path]))
-        return self.method.receive(self._node(path, 0), self.store.get(path), next(sent)[1])
+        node = self._node(parent, self.rounds_done)
+        sent = self.method.dispatch(node, self._held(parent), self._children(parent, [path]))
+        return next(sent)[1]
 
     def _node(self, path: str, number: int) -> Node:
         client = self.clients.get(path)

@@ -176,7 +176,8 @@ class FedSelect(Selecting):
             rate = 1 - (1 - self.rate) ** ((node.round - 1) // self.period)
             mask = self.promote(node.setup, mask, ranking, rate)
         fresh = begin_work(node.setup, start, work["start_buffers"])
-        return {**work, **fresh, "mask": dict(mask)}
+        kept = {key: group for key, group in work.items() if not key.startswith("memory.")}
+        return {**kept, **fresh, "mask": dict(mask)}
 
     def end(self, node: Node, state: State, work: Work) -> tuple[State, Message]:
         """Return the trained model with both masks, and the shared values for the parent."""
@@ -207,8 +208,8 @@ class FedSelect(Selecting):
 
     def passes(self, setup: Setup) -> int:
         """Return two passes per epoch, and the selection's."""
-        selection = self.iterations * self.select_epochs if self.mode == "workshop" else 0
-        return 2 * setup.training.epochs + selection
+        times = self.iterations if self.mode == "workshop" else int(self.newcomer == "select")
+        return 2 * setup.training.epochs + times * self.select_epochs
 
     def _due(self, number: int) -> bool:
         """Tell whether masks change at the end of a round, counted from 1."""

@@ -191,8 +191,10 @@ class MaskedSharing(Method):
         return {"unshared": (float((row > 0).sum()), count), "age": (float(row.sum()), count)}
 
     def masks(self, setup: Setup, state: State) -> Tensors:
-        """Return the mask that a client last trained with."""
-        return self.used(setup, state)
+        """Return the mask that a client last trained with, or is about to train with first."""
+        return self.used(
+            setup, state if state.group("mask") else State({"mask": state.group("expected")})
+        )
 
 
 def buffer_masks(setup: Setup, masks: Tensors) -> Masks:
