@@ -50,7 +50,7 @@ def grids(task: str) -> dict[str, tuple[str, list[dict[str, Any]]]]:
     rates = (0.05, 0.25) if small else (0.25,)
     shares = [{"rate": rate, "limit": limit} for rate in rates for limit in (0.05, 0.3, 0.8)]
     workshop = {"mode": "workshop", "select_epochs": 5 if small else 1}
-    made = {
+    made: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "fedselect": ("fedselect", shares),
         "fedselect-workshop": ("fedselect", [{**workshop, "rate": p} for p in (0.25, 0.5, 0.75)]),
         "ditto": ("ditto", [{"mu": mu} for mu in (0.1, 1.0)]),
@@ -150,9 +150,7 @@ def _label(method: str, options: Mapping[str, Any]) -> str:
 
 
 def _text(options: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{key} {value}" for key, value in options.items() if key not in ("mode", "select_epochs")
-    )
+    return ", ".join(f"{key} {options[key]}" for key in ("rate", "limit", "mu") if key in options)
 
 
 def _watch(done: int, total: int, run: hansa.Run) -> None:
