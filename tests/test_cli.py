@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hansa import demo
+from hansa.compare import _grid
 from hansa.config import load
 
 HANSA = str(Path(sys.executable).with_name("hansa"))
@@ -107,7 +108,10 @@ def test_examples_are_the_demo_s_configurations() -> None:
 
 def test_every_example_is_a_valid_configuration() -> None:
     for path in EXAMPLES.glob("*.toml"):
-        load(path)
+        grid, _ = _grid(path, ["local"], [0], ())
+        assert len(grid) == 1
+    grid, _ = _grid(EXAMPLES / "digits-personalised.toml", [], [0, 1], ())
+    assert len(grid) == 14
 
 
 def _wrong_files(folder: Path) -> None:

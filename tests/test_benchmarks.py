@@ -1,0 +1,50 @@
+"""Benchmarks are run by hand; what they set up is valid."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from hansa.config import load
+from hansa.data.federate import federate
+from hansa.federation.methods import METHODS
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "personalisation.py"
+SPEC = importlib.util.spec_from_file_location("personalisation", PATH)
+assert SPEC is not None
+assert SPEC.loader is not None
+personalisation = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(personalisation)
+
+
+def test_every_task_of_the_personalisation_benchmark_is_valid() -> None:
+    tasks = personalisation.tasks("x.parquet", "y.parquet")
+    assert len(tasks) == 10
+    for name, config in tasks.items():
+        load({**config, "name": name})
+        for method, tried in personalisation.grids(name).values():
+            for options in tried:
+                METHODS[method].model_validate(options)
+    named = {m for name in tasks for m, _ in personalisation.grids(name).values()}
+    assert named | set(personalisation.PLAIN) | set(personalisation.CONTROLS) == set(METHODS)
+
+
+def test_handwriting_is_dealt_by_writer(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    images = []
+    for k in range(100):
+        Image.fromarray(rng.integers(0, 255, (28, 28), dtype=np.uint8)).save(tmp_path / f"{k}.png")
+        images.append({"bytes": (tmp_path / f"{k}.png").read_bytes(), "path": None})
+    columns = {
+        "image": images,
+        "writer_id": [f"w{k % 4}" for k in range(100)],
+        "character": [k // 4 % 5 for k in range(100)],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "part.parquet")
+    task = personalisation.tasks(None, str(tmp_path / "*.parquet"))["handwriting"]
+    data = federate(load({**task, "name": "h"}, ["data.clients=4"]).data, 0)
+    assert sorted(data.clients) == ["w0", "w1", "w2", "w3"]
+    assert data.shape == (1, 28, 28)
