@@ -102,6 +102,7 @@ def tasks(data: str | None, handwriting: str | None) -> dict[str, dict[str, Any]
                 "source": f"parquet:{handwriting}",
                 "label_column": "character",
                 "group_column": "writer_id",
+                "channels": 1,
                 "clients": 50,
                 "partition": {"kind": "group", "min_samples": 20},
             },

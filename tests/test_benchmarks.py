@@ -46,5 +46,5 @@ def test_handwriting_is_dealt_by_writer(tmp_path) -> None:
     pq.write_table(pa.table(columns), tmp_path / "part.parquet")
     task = personalisation.tasks(None, str(tmp_path / "*.parquet"))["handwriting"]
     data = federate(load({**task, "name": "h"}, ["data.clients=4"]).data, 0)
-    assert sorted(data.clients) == ["w0", "w1", "w2", "w3"]
+    assert sorted(data.clients) == ["0-w0", "1-w1", "2-w2", "3-w3"]
     assert data.shape == (1, 28, 28)

@@ -173,6 +173,13 @@ def test_variants_of_the_configured_method_take_its_options(tmp_path) -> None:
     }
 
 
+def test_methods_keep_their_own_defaults(tmp_path) -> None:
+    found = hansa.compare(
+        {k: v for k, v in grid(tmp_path, rounds=1).items() if k != "method"}, ["scaffold"], (0,)
+    )
+    assert found.runs["scaffold"][0].config.method == hansa.Scaffold()
+
+
 def test_a_run_that_was_extended_and_interrupted_is_not_taken_as_finished(tmp_path) -> None:
     run = hansa.compare(grid(tmp_path, rounds=1), ["local"], (0,)).runs["local"][0]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hansa.config import RunConfig, difference, load, override, read
+from hansa.data.federate import FederatedData
 from hansa.errors import InputError
 from hansa.federation.methods import METHODS
 from hansa.processes import pool
@@ -55,8 +56,9 @@ def compare(
     for (label, _), cell in grid.items():
         if not _is_done(cell):
             todo.setdefault(label, cell)
+    data: dict[int, FederatedData] = {}
     for cell in todo.values():
-        prepare(cell)
+        data[cell.seed] = prepare(cell, data.get(cell.seed)).data
     runs: dict[str, dict[int, Run]] = {}
     cells = [cell.as_dict() for cell in grid.values()]
     for done, ((label, seed), path) in enumerate(
@@ -101,8 +103,7 @@ def _grid(
     if not base.data.test:
         raise InputError("data.test", base.data.test, "more than 0, to compare by")
     folder = Path(base.output) / base.name
-    own = base.as_dict()["method"]
-    options = {key: value for key, value in own.items() if key != "name"}
+    options = {key: value for key, value in values.get("method", {}).items() if key != "name"}
     grid = {}
     for label in labels:
         if label in tables:

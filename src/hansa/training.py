@@ -110,13 +110,17 @@ class Trial:
         )
 
 
-def prepare(config: RunConfig) -> Trial:
+def prepare(config: RunConfig, data: FederatedData | None = None) -> Trial:
     """Read the data, build the model, and set up the federation of a configuration.
+
+    Args:
+        config: the configuration.
+        data: what ``federate`` returned before for the same data and seed, to save the reading.
 
     Raises:
         InputError: input that cannot be used.
     """
-    data = federate(config.data, config.seed)
+    data = federate(config.data, config.seed) if data is None else data
     parent = bundle.read_bundle(Path(config.model.bundle)) if config.model.bundle else None
     architecture = Architecture(
         name=config.model.name,
