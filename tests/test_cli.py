@@ -75,7 +75,7 @@ def test_export_writes_a_bundle(tmp_path) -> None:
     assert (tmp_path / run / "clients" / "client-3" / "masks.safetensors").exists()
     wrong = hansa("export", run, "client-77", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("hansa: name: found 'client-77'; allowed: one of client-0")
+    assert wrong.stderr.startswith("hansa: client: found 'client-77'; allowed: one of client-0")
 
 
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path) -> None:

@@ -165,6 +165,8 @@ def _put(values: dict[str, Any], parts: list[str], value: Any, key: str) -> dict
 
 def _validate(values: dict[str, Any]) -> RunConfig:
     _check_texts(values, "")
+    if "methods" in values:
+        raise InputError("methods", "methods to compare", "[method]; or `hansa compare`")
     values = dict(values)
     method = values.pop("method", {"name": "fedavg"})
     if not isinstance(method, Mapping):
@@ -208,7 +210,7 @@ def _explain(
             continue
         path.append(str(part))
         place = place.get(part) if isinstance(place, Mapping) else None
-    key = prefix + ".".join(path)
+    key = (prefix + ".".join(path)).rstrip(".")
     if details["type"] == "extra_forbidden":
         names = _fields(model, details["loc"][:-1])
         close = difflib.get_close_matches(path[-1], names, 1)

@@ -5,7 +5,6 @@ from typing import Any
 
 from hansa import bundle
 from hansa.errors import InputError
-from hansa.federation.tree import ROOT
 from hansa.runs import Run
 from hansa.training import prepare
 
@@ -28,9 +27,9 @@ def export(run: str | Path | Run, client: str, out: str | Path | None = None) ->
     run = run if isinstance(run, Run) else Run(run)
     if not run.round:
         raise InputError(str(run.path), "a run without a whole round", "at least one round")
-    if client == ROOT:
-        raise InputError("client", repr(client), "a client; the common model is in bundle/")
     trial = prepare(run.config)
+    if client not in trial.data.clients:
+        raise InputError("client", repr(client), f"one of {', '.join(trial.data.clients)}")
     with run.claimed(run.config, trial.facts):
         federation = trial.federation
         federation.keep_states_in(run.store(), run.round)
