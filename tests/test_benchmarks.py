@@ -22,7 +22,7 @@ SPEC.loader.exec_module(personalisation)
 
 def test_every_task_of_the_personalisation_benchmark_is_valid() -> None:
     tasks = personalisation.tasks("x.parquet", "y.parquet")
-    assert len(tasks) == 10
+    assert len(tasks) == 8
     for name, config in tasks.items():
         load({**config, "name": name})
         for method, tried in personalisation.grids(name).values():

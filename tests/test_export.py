@@ -70,9 +70,7 @@ def test_a_method_without_a_common_model_exports_as_well(tmp_path) -> None:
 
 def test_what_cannot_be_exported_is_refused(tmp_path) -> None:
     run = hansa.train(config(tmp_path, rounds=1))
-    with pytest.raises(
-        hansa.InputError, match="client: found 'client-9'; allowed: one of client"
-    ):
+    with pytest.raises(hansa.InputError, match="client: found 'client-9'; allowed: one of client"):
         hansa.export(run, "client-9")
     with pytest.raises(hansa.InputError, match="client: found 'root'"):
         hansa.export(run, "root")
