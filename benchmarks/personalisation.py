@@ -1,8 +1,8 @@
 """Test accuracy of every personalised method and its baselines on skewed clients.
 
 Tasks: handwritten digits in shards of 2, 4 and 5 classes per client with small steps, in shards of
-2 also with larger ones, and digits seen through different shifts; with ``--data`` CIFAR-10 from Parquet files
-in shards of 2 and 4; with ``--handwriting`` characters by their writers.
+2 also with larger ones, and digits seen through different shifts; with ``--data`` CIFAR-10 from
+Parquet files in shards of 2 and 4; with ``--handwriting`` characters by their writers.
 
 A task's model, learning rate, batches and rounds are part of it, set by hand and the same for all
 methods. FedSelect's rate and limit, the workshop form's rate and Ditto's pull are chosen for each
