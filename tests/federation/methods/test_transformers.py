@@ -1,7 +1,9 @@
 """Methods on a transformer with LoRA adapters: frozen, tied and idle parameters are legal."""
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import hansa
@@ -9,9 +11,6 @@ from hansa.data.clients import Client
 from hansa.federation.methods import METHODS
 from hansa.models.task import Task
 from support import engine, run, same
-
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 
 # peft asks a transformers model for an attribute under its older name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
