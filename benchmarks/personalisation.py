@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import hansa
+from hansa.demo import config_of
 from hansa.report.comparison import percent
 from hansa.report.plots import size
 
@@ -60,22 +61,12 @@ def grids(task: str) -> dict[str, tuple[str, list[dict[str, Any]]]]:
 
 def tasks(data: str | None, handwriting: str | None) -> dict[str, dict[str, Any]]:
     """Return the configuration of every task, but its method and seed."""
-    digits: dict[str, Any] = {
-        "rounds": 20,
-        "data": {
-            "source": "digits",
-            "clients": 10,
-            "validation": 0.2,
-            "test": 0.5,
-            "train_per_class": 5,
-        },
-        "model": {"name": "mlp", "options": {"hidden": [64]}},
-        "training": {"lr": 0.0075, "batch_size": 10, "epochs": 5},
-    }
+    small = {"lr": 0.0075, "batch_size": 10, "epochs": 5}
+    digits = {**config_of("local"), "training": small}
     made = {f"digits-{s}": _with(digits, {"kind": "shards", "classes": s}) for s in (2, 4)}
     made["digits-5"] = _with(digits, {"kind": "shards", "classes": 5}, rounds=30)
     made["digits-5"]["data"]["train_per_class"] = 2
-    larger = {"lr": 0.1, "batch_size": 5, "epochs": 5}
+    larger = config_of("local")["training"]
     made["digits-2-larger-steps"] = {**made["digits-2"], "training": larger}
     shifts = {"kind": "shift", "shifts": ["none", "noise", "rotation"]}
     made["digits-shift"] = _with(digits, shifts)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hansa.data.clients import Client
@@ -16,6 +17,7 @@ from hansa.federation.optimizer import Training
 from hansa.federation.tree import Tree
 from hansa.federation.wire import encode
 from hansa.models.task import Task
+from hansa.seeding import generator
 
 CLASSES, FEATURES = 3, 4
 
@@ -92,6 +94,27 @@ def engine(
         seed=5,
         **options,  # type: ignore[arg-type]
     )
+
+
+def alternating_sgd(
+    model: nn.Module, data: Client, path: str, number: int, mask: Mapping[str, torch.Tensor]
+) -> None:
+    """One round of a leaf of ``engine`` in plain PyTorch, at the rates that are its defaults.
+
+    Each epoch makes one pass over masked entries, then one over the others.
+    """
+    inputs, labels = data.batch("train")
+    for epoch in range(2):
+        order = torch.randperm(len(labels), generator=generator(5, path, number, epoch))
+        for personal in (True, False):
+            for chosen in order.split(3):
+                model.zero_grad()
+                F.cross_entropy(model(inputs[chosen]), labels[chosen]).backward()
+                with torch.no_grad():
+                    for name, parameter in model.named_parameters():
+                        held = mask[name] if personal else ~mask[name]
+                        assert parameter.grad is not None
+                        parameter -= 0.1 * parameter.grad * held
 
 
 def run(engine: LocalEngine, rounds: int = 3) -> list[RoundResult]:

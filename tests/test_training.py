@@ -226,6 +226,21 @@ def test_a_run_killed_while_its_tables_were_gathered_is_whole(tmp_path, monkeypa
     assert outcome(hansa.train(resume=run.path)) == outcome(whole)
 
 
+def test_a_run_killed_while_its_folder_was_made_leaves_its_name_free(tmp_path, monkeypatch) -> None:
+    plan = config(tmp_path, rounds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("hansa.runs.sync_folder", _stop)
+        patch.setattr("hansa.files.sync_folder", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            hansa.train(plan)
+    assert not (tmp_path / "t-seed0").exists()
+    assert hansa.train(plan).path == tmp_path / "t-seed0"
+
+
+def _stop(folder: Path) -> None:
+    raise KeyboardInterrupt
+
+
 def _killed(path: Path, folder: Path, last: int, delay: float) -> int:
     """Start a run and kill it a moment after its checkpoint of a round; return its last round."""
     process = subprocess.Popen([HANSA, "train", str(path)], stderr=subprocess.DEVNULL)

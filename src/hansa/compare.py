@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hansa.config import RunConfig, difference, load, override, read
+from hansa.config import RunConfig, load, override, read
 from hansa.data.federate import FederatedData
 from hansa.errors import InputError
 from hansa.federation.methods import METHODS
 from hansa.processes import pool
 from hansa.report.comparison import Comparison
 from hansa.runs import Run
-from hansa.training import CHANGEABLE, prepare, train
+from hansa.training import fixed_difference, prepare, train
 
 Watch = Callable[[int, int, Run], None]
 """Called with the number of finished runs, the number of all runs, and the newest."""
@@ -119,20 +119,15 @@ def _grid(
     return grid, folder
 
 
-def _path(config: RunConfig) -> Path:
-    return Path(config.output) / f"{config.name}-seed{config.seed}"
-
-
 def _is_done(config: RunConfig) -> bool:
-    path = _path(config)
+    path = config.folder
     if not (path / "config.toml").is_file():
         return False
     run = Run(path)
-    for key in difference(run.config, config):
-        if not key.startswith(CHANGEABLE):
-            raise InputError(
-                str(path), f"a run with another {key}", "another name, or its folder removed"
-            )
+    if keys := fixed_difference(run.config, config):
+        raise InputError(
+            str(path), f"a run with another {keys[0]}", "another name, or its folder removed"
+        )
     if run.round > config.rounds:
         raise InputError("rounds", config.rounds, f"at least the {run.round} of {path}")
     return run.round == config.rounds and (path / "summary.json").is_file()
@@ -141,7 +136,7 @@ def _is_done(config: RunConfig) -> bool:
 def _run(values: dict[str, Any]) -> Path:
     """Bring one run to its end, in a process of its own, and return its folder."""
     config = load(values)
-    path = _path(config)
+    path = config.folder
     if _is_done(config):
         return path
     if (path / "config.toml").is_file():

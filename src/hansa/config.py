@@ -77,6 +77,11 @@ class RunConfig(_Section):
     tree: TreeOptions = TreeOptions()
     engine: EngineOptions = EngineOptions()
 
+    @property
+    def folder(self) -> Path:
+        """Where the run lies, unless the name is taken."""
+        return Path(self.output) / f"{self.name}-seed{self.seed}"
+
     def as_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values, without what is not set."""
         values = self.model_dump(mode="json", exclude={"method"}, exclude_none=True)

@@ -14,8 +14,10 @@
     the result.
 """
 
+import errno
 import fcntl
 import json
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,23 +69,29 @@ class Run:
     @classmethod
     def create(cls, config: RunConfig) -> "Run":
         """Make the folder of a new run; its name is counted up where it is taken."""
-        parent = Path(config.output)
-        stem, number = f"{config.name}-seed{config.seed}", 1
+        first, number = config.folder, 1
+        parent = first.parent
+        # Filled beside its name, so that a kill leaves a whole run or none.
+        made = parent / f".{first.name}-{secrets.token_hex(4)}"
+        try:
+            made.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(
+                "output", f"{parent} ({error.strerror})", "a folder that can be written"
+            ) from error
+        start = json.dumps({"format": FORMAT, "round": 0}) + "\n"
+        write_atomic(made / "checkpoint.json", start)
+        write_atomic(made / "config.toml", config.as_toml())
         while True:
-            path = parent / (stem if number == 1 else f"{stem}-{number}")
+            path = first if number == 1 else parent / f"{first.name}-{number}"
             try:
-                path.mkdir(parents=True)
+                made.rename(path)
                 break
-            except FileExistsError as error:
-                if not path.is_dir():
-                    raise InputError("output", f"{path}, a file", "a folder") from error
-                number += 1
             except OSError as error:
-                raise InputError(
-                    "output", f"{parent} ({error.strerror})", "a folder that can be written"
-                ) from error
-        write_atomic(path / "checkpoint.json", json.dumps({"format": FORMAT, "round": 0}) + "\n")
-        write_atomic(path / "config.toml", config.as_toml())
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+                number += 1
+        sync_folder(parent)
         return cls(path)
 
     @property

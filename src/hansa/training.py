@@ -184,12 +184,16 @@ def _open(
         return load(config, overrides), None
     run = Run(Path(resume))
     wanted = load(run.config.as_dict() if config is None else config, overrides)
-    for key in difference(run.config, wanted):
-        if not key.startswith(CHANGEABLE):
-            raise InputError(key, "another value than the run's", "the run's own configuration")
+    if keys := fixed_difference(run.config, wanted):
+        raise InputError(keys[0], "another value than the run's", "the run's own configuration")
     if wanted.rounds < run.round:
         raise InputError("rounds", wanted.rounds, f"at least the {run.round} rounds already there")
     return wanted, run
+
+
+def fixed_difference(first: RunConfig, second: RunConfig) -> list[str]:
+    """Return the dotted keys in which two configurations are not those of one run."""
+    return [key for key in difference(first, second) if not key.startswith(CHANGEABLE)]
 
 
 def _take_weights(model: nn.Module, parent: bundle.Bundle, config: RunConfig) -> None:

@@ -24,8 +24,7 @@ class WeightedMean:
         Raises:
             ValueError: a negative or non-finite weight.
         """
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"a weight must be finite and not negative, not {weight}")
+        _check_weight(weight)
         if weight == 0:
             return
         self.total += weight
@@ -64,8 +63,7 @@ class MaskedMean:
         Raises:
             ValueError: a negative or non-finite weight.
         """
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"a weight must be finite and not negative, not {weight}")
+        _check_weight(weight)
         for name, tensor in tensors.items():
             self._sums[name] += torch.where(mask[name], -0.0, tensor.double() * weight)
             self._weights[name] += ~mask[name] * weight
@@ -83,6 +81,11 @@ class MaskedMean:
             mean = (mean if dtype.is_floating_point else mean.nan_to_num().round()).to(dtype)
             means[name] = torch.where(weights > 0, mean, vacant[name])
         return means
+
+
+def _check_weight(weight: float) -> None:
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"a weight must be finite and not negative, not {weight}")
 
 
 def add_metrics(

@@ -136,7 +136,7 @@ class Federation:
         path = self._path(name)
         return {} if path == ROOT else self._engine.masks_of(path)
 
-    def onboard(self, name: str, client: Client, epochs: int | None = None) -> "Newcomer":
+    def onboard(self, name: str, client: Client, epochs: int | None = None) -> Newcomer:
         """Let a client that was never part of the federation join it, and score it twice.
 
         It receives what the method sends to a newcomer, is scored, trains locally, and is scored

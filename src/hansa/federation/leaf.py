@@ -89,8 +89,7 @@ class Leaf:
             DivergedError: the loss is infinite or NaN.
         """
         node = self._node(path, round_, client)
-        if self.method.scored != "trained" or not state:
-            state = self.method.receive(node, state, down)
+        state = self._held(node, state, down)
         params, buffers = self._model(node, client, state)
         with global_stream(self.seed, path, round_, "score"):
             scores: dict[str, Metrics] = {
@@ -111,9 +110,12 @@ class Leaf:
             DivergedError: fine-tuning ended in an infinite or NaN loss or weight.
         """
         node = self._node(path, round_, client)
-        if self.method.scored != "trained" or not state:
-            state = self.method.receive(node, state, down)
-        return self._model(node, client, state)
+        return self._model(node, client, self._held(node, state, down))
+
+    def _held(self, node: Node, state: State, down: Message) -> State:
+        """Return a leaf's own state where that is what is scored, else what it would receive."""
+        own = state and self.method.scored == "trained"
+        return state if own else self.method.receive(node, state, down)
 
     def _model(self, node: Node, client: Client, state: State) -> tuple[Tensors, Tensors]:
         if self.method.scored != "tuned":

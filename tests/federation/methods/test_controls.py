@@ -30,7 +30,7 @@ def test_least_change_takes_the_entries_that_moved_least() -> None:
     node = engine(method)._node("root", 1)
     moved = {"w": torch.tensor([0.4, 0.0, 0.3, 0.1])}
     empty = {"w": torch.zeros(4, dtype=torch.bool)}
-    chosen = method.promote(node.setup, empty, method.rank(node, moved), 0.5)
+    chosen = method.promote(empty, method.rank(node, moved), 0.5)
     assert chosen["w"].tolist() == [False, True, False, True]
 
 

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hansa.data.clients import Client
 from hansa.federation.message import Message, MessageError, State
 from hansa.federation.methods import FedAvg, FedSelect, LocalOnly
 from hansa.federation.methods.base import begin_work
@@ -22,7 +21,7 @@ from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import encode
 from hansa.models.task import Task
 from hansa.seeding import generator
-from support import FEATURES, Net, Row, clients, engine, everything, net, run, same
+from support import FEATURES, Row, alternating_sgd, clients, engine, everything, net, run, same
 
 MASKS = [[0, 1, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1]]
 VALUES = [[1.0, 10, 3, 7], [2.0, 4, 30, 8], [6.0, 20, 40, 9]]
@@ -230,26 +229,6 @@ def test_a_full_mask_is_local_training_bit_for_bit(optimizer: str) -> None:
     assert all(visit.down == 0 for visit in results[0].visits)
 
 
-def _alternating_sgd(
-    model: Net, data: Client, path: str, rounds: int, mask: dict[str, torch.Tensor], lr: float
-) -> Net:
-    """Plain PyTorch: each epoch one pass over masked entries, then one over the others."""
-    inputs, labels = data.batch("train")
-    for number in range(1, rounds + 1):
-        for epoch in range(2):
-            order = torch.randperm(len(labels), generator=generator(5, path, number, epoch))
-            for personal in (True, False):
-                for chosen in order.split(3):
-                    model.zero_grad()
-                    F.cross_entropy(model(inputs[chosen]), labels[chosen]).backward()
-                    with torch.no_grad():
-                        for name, parameter in model.named_parameters():
-                            held = mask[name] if personal else ~mask[name]
-                            assert parameter.grad is not None
-                            parameter -= lr * parameter.grad * held
-    return model
-
-
 def test_one_client_is_centralised_alternating_sgd() -> None:
     data = {"c0": clients()["c0"]}
     federation = engine(FedSelect(rate=0), data=data)
@@ -257,7 +236,9 @@ def test_one_client_is_centralised_alternating_sgd() -> None:
     mask = {name: torch.rand(s, generator=generator(1, name)) < 0.4 for name, s in shapes.items()}
     _set_masks(federation, mask)
     run(federation, 4)
-    alone = _alternating_sgd(net(), data["c0"], "root/c0", 4, mask, 0.1)
+    alone = net()
+    for number in range(1, 5):
+        alternating_sgd(alone, data["c0"], "root/c0", number, mask)
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(
             federation.state("root/c0").group("model")[name], parameter.detach()

@@ -142,18 +142,17 @@ def _mask_cost(federation: object) -> int:
 
 
 def test_a_global_quota_takes_the_largest_of_all_tensors() -> None:
-    setup = row_node().setup
     moved = {"a": torch.tensor([9.0, 8, 7, 6]), "b": torch.tensor([1.0, 2, 3, 4, 5, 0])}
     empty = {name: torch.zeros(len(row), dtype=torch.bool) for name, row in moved.items()}
     by_model = FedSelect(rate=0.3, limit=0.5, quota="global")
-    after = by_model.promote(setup, empty, moved, 0.3)
+    after = by_model.promote(empty, moved, 0.3)
     assert after["a"].tolist() == [True, True, True, False]
     assert after["b"].sum() == 0
-    after = by_model.promote(setup, after, moved, 0.3)  # round(0.3 * 7) = 2
+    after = by_model.promote(after, moved, 0.3)  # round(0.3 * 7) = 2
     assert (after["a"].sum(), after["b"].tolist()) == (4, [0, 0, 0, 0, 1, 0])
-    after = by_model.promote(setup, after, moved, 0.3)
+    after = by_model.promote(after, moved, 0.3)
     assert sum(int(held.sum()) for held in after.values()) == 5  # the limit
-    by_tensor = FedSelect(rate=0.3, limit=0.5).promote(setup, empty, moved, 0.3)
+    by_tensor = FedSelect(rate=0.3, limit=0.5).promote(empty, moved, 0.3)
     assert (by_tensor["a"].sum(), by_tensor["b"].sum()) == (1, 2)
 
 
@@ -161,7 +160,7 @@ def test_a_global_limit_counts_what_may_never_be_personal() -> None:
     moved = {"weight": torch.arange(4.0), "bias": torch.arange(6.0)}
     empty = {name: torch.zeros(len(row), dtype=torch.bool) for name, row in moved.items()}
     method = FedSelect(limit=0.3, quota="global", biases=False)
-    after = method.promote(row_node().setup, empty, moved, 1.0)
+    after = method.promote(empty, moved, 1.0)
     assert after["weight"].tolist() == [0, 1, 1, 1]
     assert not after["bias"].any()
 
@@ -261,7 +260,6 @@ def test_a_newcomer_s_selection_is_rewound() -> None:
     after = method.after(node, {**work, "params": moved}, "select0")
     assert same(after["params"], state.group("model"))
     chosen = method.promote(
-        federation.setup,
         state.group("expected"),
         {n: (moved[n] - work["params"][n]).abs() for n in moved},
         0.75,

@@ -30,11 +30,10 @@ def setup_of(model: nn.Module, training: Training | None = None) -> Setup:
 
 def grown(method: FedSelect, change: torch.Tensor, times: int, name: str = "weight") -> list[float]:
     """The personal share after each of some updates under one change."""
-    setup = setup_of(nn.Linear(1, 1))
     mask = {name: torch.zeros(change.shape, dtype=torch.bool)}
     shares = []
     for _ in range(times):
-        mask = method.promote(setup, mask, {name: change}, method.rate)
+        mask = method.promote(mask, {name: change}, method.rate)
         shares.append(mask[name].double().mean().item())
     return shares
 

@@ -14,7 +14,7 @@ from hansa.federation.optimizer import Training
 from hansa.federation.store import link_key
 from hansa.federation.tree import ROOT
 from hansa.seeding import generator
-from support import Net, clients, engine, everything, net, run, same
+from support import Net, alternating_sgd, clients, engine, everything, net, run, same
 
 
 def wide() -> Net:
@@ -94,17 +94,7 @@ def test_a_round_is_that_of_plain_pytorch() -> None:
             path = f"root/{name}"
             model = net()
             masks[path] = _select(model, starts[path], data, path, number)
-            inputs, labels = data.batch("train")
-            for epoch in range(2):
-                order = torch.randperm(len(labels), generator=generator(5, path, number, epoch))
-                for personal in (True, False):
-                    for chosen in order.split(3):
-                        model.zero_grad()
-                        F.cross_entropy(model(inputs[chosen]), labels[chosen]).backward()
-                        with torch.no_grad():
-                            for n, parameter in model.named_parameters():
-                                free = masks[path][n] if personal else ~masks[path][n]
-                                parameter -= 0.1 * parameter.grad * free
+            alternating_sgd(model, data, path, number, masks[path])
             trained[path] = {n: p.detach().clone() for n, p in model.named_parameters()}
         common = {}
         for n, last in before.items():

@@ -11,7 +11,7 @@ from hansa.errors import InputError
 from hansa.federation.message import Tensors
 from hansa.federation.methods.fedselect import FedSelect
 from hansa.federation.methods.layers import check_patterns, head
-from hansa.federation.methods.masks import Masks
+from hansa.federation.methods.masks import Masks, filled
 from hansa.federation.node import Node, Setup
 from hansa.seeding import generator
 
@@ -46,8 +46,7 @@ class HeadMask(FedSelect):
 
     def first_mask(self, setup: Setup) -> Masks:
         """Return the head, from the first round on."""
-        names = head(setup.task.params, self.personal)
-        return {n: torch.full(t.shape, n in names) for n, t in setup.task.params.items()}
+        return filled(setup.task.params, head(setup.task.params, self.personal))
 
     def check(self, setup: Setup, depth: int) -> None:
         """Refuse patterns that fit no parameter."""
@@ -56,6 +55,6 @@ class HeadMask(FedSelect):
             raise InputError("method.mode", "'workshop', which finds masks anew", "cvpr")
         check_patterns("method.personal", setup.task.params, self.personal)
 
-    def promote(self, setup: Setup, mask: Tensors, ranking: Tensors, rate: float) -> Masks:
+    def promote(self, mask: Tensors, ranking: Tensors, rate: float) -> Masks:
         """Return the masks as they are."""
         return dict(mask)

@@ -94,8 +94,7 @@ class FedSelect(Selecting):
 
     def first_mask(self, setup: Setup) -> Masks:
         """Return that everything is shared, but for what the released code never sends."""
-        names = setup.task.params
-        return {n: m | (n in self.unshared(names)) for n, m in filled(names).items()}
+        return filled(setup.task.params, self.unshared(setup.task.params))
 
     def newcomer_mask(self, node: Node, state: State) -> Masks:
         """Return nothing personal, or the majority's mask, under the limit."""
@@ -104,7 +103,7 @@ class FedSelect(Selecting):
             return first
         half = state.number("known") / 2
         votes = {name: count.double() for name, count in state.group("votes").items()}
-        most = self.promote(node.setup, first, votes, 1.0)
+        most = self.promote(first, votes, 1.0)
         return {n: first[n] | (most[n] & (votes[n] > half)) for n in first}
 
     def sent_mask(self, node: Node, state: State) -> Masks:
@@ -174,7 +173,7 @@ class FedSelect(Selecting):
             mask = self.keep_highest(mask, ranking)
         else:  # as large a share as clients have that were there from the first round on
             rate = 1 - (1 - self.rate) ** ((node.round - 1) // self.period)
-            mask = self.promote(node.setup, mask, ranking, rate)
+            mask = self.promote(mask, ranking, rate)
         fresh = begin_work(node.setup, start, work["start_buffers"])
         kept = {key: group for key, group in work.items() if not key.startswith("memory.")}
         return {**kept, **fresh, "mask": dict(mask)}
@@ -186,7 +185,7 @@ class FedSelect(Selecting):
         start = state.group("reference" if self.reference == "last-update" else "model")
         if due:
             moved = {name: (params[name] - start[name]).abs() for name in params}
-            following = self.promote(node.setup, mask, self.rank(node, moved), self.rate)
+            following = self.promote(mask, self.rank(node, moved), self.rate)
         groups: dict[str, Tensors] = {
             "model": params,
             "buffers": work["buffers"],

@@ -6,7 +6,7 @@ without positions.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 
@@ -69,9 +69,9 @@ def parted(row: torch.Tensor, like: Tensors) -> Masks:
     return {n: r.reshape(t.shape) for r, (n, t) in zip(rows, like.items(), strict=True)}
 
 
-def filled(like: Tensors, value: bool = False) -> Masks:
-    """Return masks of the shapes of tensors, the same everywhere."""
-    return {name: torch.full(t.shape, value, dtype=torch.bool) for name, t in like.items()}
+def filled(like: Tensors, own: Container[str] = ()) -> Masks:
+    """Return masks of the shapes of tensors: all True for those named in ``own``, else False."""
+    return {name: torch.full(t.shape, name in own) for name, t in like.items()}
 
 
 def flips(before: Tensors, after: Tensors) -> Masks:
@@ -87,8 +87,7 @@ def flipped(before: Mapping[str, torch.Tensor], message: Message, group: str) ->
         MessageError: a flip is of another shape or dtype than its mask, or has none.
     """
     changed = message.group(group)
-    if odd := sorted(changed.keys() - before.keys()):
-        raise MessageError(f"group {group!r} holds {odd[0]!r}, which the model does not have")
+    _check_names(changed, before, group)
     message.require(group, {name: before[name] for name in changed})
     return {
         name: mask ^ changed[name] if name in changed else mask for name, mask in before.items()
@@ -110,8 +109,7 @@ def unpack(
         MessageError: a row has another length or dtype than the mask and the model ask for, a
             row is missing, or one belongs to no tensor of the model.
     """
-    if odd := sorted(rows.keys() - like.keys()):
-        raise MessageError(f"group {group!r} holds {odd[0]!r}, which the model does not have")
+    _check_names(rows, like, group)
     dense = {}
     for name, template in like.items():
         shared = ~mask[name]
@@ -124,3 +122,8 @@ def unpack(
         dense[name] = torch.zeros_like(template)
         dense[name][shared] = row
     return dense
+
+
+def _check_names(tensors: Tensors, like: Tensors, group: str) -> None:
+    if odd := sorted(tensors.keys() - like.keys()):
+        raise MessageError(f"group {group!r} holds {odd[0]!r}, which the model does not have")

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from hansa.federation.message import Tensors
 from hansa.federation.methods.masked import MaskedSharing
-from hansa.federation.methods.masks import Masks, ceiling, grow, joined, keep, parted
+from hansa.federation.methods.masks import Masks, ceiling, filled, grow, joined, keep, parted
 from hansa.federation.methods.official import Quirk, grow_with_ties
 from hansa.federation.node import Setup
 
@@ -27,7 +27,7 @@ class Selecting(MaskedSharing):
     quirks: tuple[Quirk, ...] = ()
     """What to do as the released code does."""
 
-    def promote(self, setup: Setup, mask: Tensors, ranking: Tensors, rate: float) -> Masks:
+    def promote(self, mask: Tensors, ranking: Tensors, rate: float) -> Masks:
         """Return the masks with more personal entries, those of the highest rank, by the quota."""
         grown = dict(mask)
         names = [name for name in mask if self._may_be_personal(name)]
@@ -59,10 +59,8 @@ class Selecting(MaskedSharing):
 
     def maskable(self, setup: Setup) -> Masks:
         """Return where entries may become personal at all."""
-        return {
-            name: torch.full(t.shape, self._may_be_personal(name), dtype=torch.bool)
-            for name, t in setup.task.params.items()
-        }
+        params = setup.task.params
+        return filled(params, {name for name in params if self._may_be_personal(name)})
 
     def _may_be_personal(self, name: str) -> bool:
         if "weights-only" in self.quirks:
