@@ -12,6 +12,7 @@ from hansa.config import RunConfig, difference, load
 from hansa.data.federate import FederatedData, federate
 from hansa.errors import InputError
 from hansa.federation.engines.local import RoundResult
+from hansa.federation.engines.plan import Plan
 from hansa.federation.federation import Federation
 from hansa.federation.leaf import DivergedError
 from hansa.federation.message import MessageError, Tensors
@@ -140,7 +141,7 @@ def prepare(config: RunConfig, data: FederatedData | None = None) -> Trial:
         participation=config.participation,
         buffers=config.model.buffers,
         tree=Tree.grouped(data.clients, config.tree.federations),
-        workers=config.engine.workers,
+        plan=Plan(workers=config.engine.workers),
         on_failure=config.on_failure,
         compare_up_to=config.compare_up_to,
     )

@@ -66,8 +66,12 @@ class Client:
 
     def batch(self, split: Split) -> Samples:
         """Return a whole split as (inputs, labels)."""
-        index = torch.from_numpy(self.splits[split])
-        inputs = self.inputs[index]
-        if inputs.dtype is torch.uint8 and inputs.dim() == 4:
-            inputs = inputs.float().div_(127.5).sub_(1)
-        return inputs, self.labels[index]
+        return take(self.inputs, self.labels, torch.from_numpy(self.splits[split]))
+
+
+def take(inputs: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> Samples:
+    """Return samples of a pool by their positions (of any shape), as a model sees them."""
+    chosen = inputs[index]
+    if inputs.dtype is torch.uint8 and inputs.dim() == 4:
+        chosen = chosen.float().div_(127.5).sub_(1)
+    return chosen, labels[index]

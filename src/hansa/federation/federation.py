@@ -9,6 +9,7 @@ from torch import nn
 from hansa.data.clients import Client
 from hansa.errors import InputError
 from hansa.federation.engines.local import LocalEngine, RoundResult
+from hansa.federation.engines.plan import Plan
 from hansa.federation.history import History, tables_of
 from hansa.federation.leaf import Newcomer
 from hansa.federation.message import Tensors
@@ -41,7 +42,7 @@ class Federation:
         buffers: ``averaged``: running statistics travel; ``local``: each client keeps its own;
             ``personal``: each of their entries follows the mask of its layer's weight.
         tree: the federation's shape over the clients' names; flat by default.
-        workers: processes that train clients.
+        plan: how the work is done.
         on_failure: whether a client whose loss is no number stops the run or is dropped.
         compare_up_to: most clients that are compared two by two after the last round: every own
             model on every client's test data, every mask with every other.
@@ -63,7 +64,7 @@ class Federation:
         participation: Participation | None = None,
         buffers: Buffers = "averaged",
         tree: Tree | None = None,
-        workers: int = 1,
+        plan: Plan | None = None,
         on_failure: Literal["stop", "drop"] = "stop",
         compare_up_to: int = 25,
     ) -> None:
@@ -94,8 +95,8 @@ class Federation:
             self.setup,
             seed,
             participation,
-            workers,
             on_failure,
+            plan,
         )
 
     def rounds(self, last: int, first: int = 1, score_every: int = 1) -> Iterator[RoundResult]:

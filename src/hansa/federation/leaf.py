@@ -1,4 +1,6 @@
-"""What happens at one leaf in one round: local training, and scoring. Engines call this.
+"""What happens at one leaf: local training, and the model that is scored.
+
+``stack.py`` does several leaves at once, and calls this for what cannot be stacked.
 
 The batches of an epoch are drawn from a stream of their own, keyed by client, round and epoch
 alone. Every pass of an epoch sees the same order, and methods with the same seed see the same
@@ -10,15 +12,17 @@ from dataclasses import dataclass
 
 import torch
 
-from hansa.data.clients import Client, Split
+from hansa.data.clients import Client, Samples, Split
 from hansa.federation.message import Message, State, Tensors
-from hansa.federation.methods.base import Method, Work
+from hansa.federation.methods.base import Method, Work, training_metrics
 from hansa.federation.node import Node, Setup
 from hansa.federation.tree import name_of
 from hansa.models.task import Batch
 from hansa.seeding import generator, global_stream
 
 Metrics = dict[str, tuple[float, float]]
+Trained = tuple[State, Message, Metrics]
+Scores = dict[str, Metrics]
 SCORED_SPLITS: tuple[Split, ...] = ("validation", "test")
 
 
@@ -31,6 +35,17 @@ class DivergedError(ArithmeticError):
 
     def __str__(self) -> str:
         return f"{self.what} in round {self.round} at {name_of(self.path)}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a leaf's round starts from: where and when, its state, and its parent's message."""
+
+    path: str
+    round: int
+    client: Client
+    state: State
+    down: Message
 
 
 @dataclass(frozen=True)
@@ -60,86 +75,60 @@ class Leaf:
     setup: Setup
     seed: int
 
-    def train(
-        self, path: str, round_: int, client: Client, state: State, down: Message
-    ) -> tuple[State, Message, Metrics]:
-        """Return the leaf's new state, its reply, and the metrics of its training.
-
-        Raises:
-            DivergedError: the training loss or the weights became infinite or NaN.
-        """
-        node = self._node(path, round_, client)
-        state = self.method.receive(node, state, down)
-        work = self._fit(node, self.method.begin(node, state), client, self.setup.training.epochs)
-        sums = {name: float(total) for name, total in work["metrics"].items()}
-        count = sums.pop("count")
-        metrics = {name: (total, count) for name, total in sums.items()}
+    def end(self, node: Node, state: State, work: Work) -> Trained:
+        """Return the leaf's new state, its reply, and the metrics of its training."""
+        metrics = training_metrics(work)
         state, reply = self.method.end(node, state, work)
         return state, reply, metrics
 
-    def score(
-        self, path: str, round_: int, client: Client, state: State, down: Message
-    ) -> dict[str, Metrics]:
-        """Return the metrics of the client's model on its validation and test data.
-
-        Which model that is, the method says (``Method.scored``). A client that has not trained
-        yet is scored with the model it would receive.
+    def scored(self, node: Node, state: State, scores: Scores) -> Scores:
+        """Return a leaf's scores, from the metrics of its model by split.
 
         Raises:
             DivergedError: the loss is infinite or NaN.
         """
-        node = self._node(path, round_, client)
-        state = self._held(node, state, down)
-        params, buffers = self._model(node, client, state)
-        with global_stream(self.seed, path, round_, "score"):
-            scores: dict[str, Metrics] = {
-                split: self.setup.task.evaluate(params, buffers, client.batch(split))
-                for split in SCORED_SPLITS
-                if client.count(split)
-            }
         for metrics in scores.values():
-            _check_finite(node, metrics["loss"][0])
+            check_finite(node, metrics["loss"][0])
         return {**scores, "state": self.method.describe(self.setup, state)}
 
-    def model(
-        self, path: str, round_: int, client: Client, state: State, down: Message
-    ) -> tuple[Tensors, Tensors]:
-        """Return parameters and buffers of the model that ``score`` scores.
+    def model(self, job: Job) -> tuple[Tensors, Tensors]:
+        """Return parameters and buffers of the model that is scored.
 
         Raises:
             DivergedError: fine-tuning ended in an infinite or NaN loss or weight.
         """
-        node = self._node(path, round_, client)
-        return self._model(node, client, self._held(node, state, down))
+        node = self.node(job)
+        return self._model(node, job.client, self.held(node, job))
 
-    def _held(self, node: Node, state: State, down: Message) -> State:
-        """Return a leaf's own state where that is what is scored, else what it would receive."""
-        own = state and self.method.scored == "trained"
-        return state if own else self.method.receive(node, state, down)
+    def held(self, node: Node, job: Job) -> State:
+        """Return the state that is scored: a leaf's own, or what it would receive.
+
+        Which of them, the method says (``Method.scored``). A client that has not trained yet is
+        scored with the model it would receive.
+        """
+        own = job.state and self.method.scored == "trained"
+        return job.state if own else self.method.receive(node, job.state, job.down)
 
     def _model(self, node: Node, client: Client, state: State) -> tuple[Tensors, Tensors]:
         if self.method.scored != "tuned":
             return self.method.model(self.setup, state)
         epochs = self.method.tune_epochs(self.setup)
-        work = self._fit(node, self.method.tune(node, state), client, epochs)
+        work = self.fit(node, self.method.tune(node, state), client, epochs)
         return work["params"], work["buffers"]
 
-    def onboard(
-        self, path: str, round_: int, client: Client, down: Message, epochs: int
-    ) -> Newcomer:
+    def onboard(self, job: Job, epochs: int) -> Newcomer:
         """Return what a newcomer is worth before and after its first local training.
 
         Raises:
             DivergedError: the training loss or the weights became infinite or NaN.
         """
-        method, task, test = self.method, self.setup.task, client.batch("test")
-        node = self._node(path, round_, client)
-        state = method.receive(node, State(), down)
+        method, task, test = self.method, self.setup.task, job.client.batch("test")
+        node = self.node(job)
+        state = method.receive(node, job.state, job.down)
         before = task.evaluate(*method.model(self.setup, state), test)
         tuned = method.scored == "tuned"
-        work = self._fit(
-            node, (method.tune if tuned else method.begin)(node, state), client, epochs
-        )
+        work = (method.tune if tuned else method.begin)(node, state)
+        work = self.fit(node, work, job.client, epochs)
         model: tuple[Tensors, Tensors] = (work["params"], work["buffers"])
         state, _ = method.end(node, state, work)
         if method.scored == "trained":
@@ -151,47 +140,69 @@ class Leaf:
         """Return the test accuracy of any model on a client's data as (sum, count)."""
         return self.setup.task.evaluate(params, buffers, client.batch("test"))["accuracy"]
 
-    def _node(self, path: str, round_: int, client: Client) -> Node:
+    def node(self, job: Job) -> Node:
+        """Return the node that a job is about."""
+        client = job.client
         split: Split = "validation" if client.count("validation") else "train"
 
         def validate(params: Tensors, buffers: Tensors) -> Metrics:
             return self.setup.task.evaluate(params, buffers, client.batch(split))
 
-        return Node(path, round_, client.count("train"), self.setup, validate=validate)
+        samples = client.count("train")
+        return Node(job.path, job.round, samples, self.setup, validate=validate)
 
-    def _fit(self, node: Node, work: Work, client: Client, epochs: int) -> Work:
+    def order(self, node: Node, stage: str, epoch: int) -> torch.Tensor:
+        """Return the order of the client's training samples in an epoch."""
+        # What a method does beside ordinary training must not shift the order of that.
+        key = () if stage == "train" else (stage,)
+        rng = generator(self.seed, node.path, node.round, *key, epoch)
+        return torch.randperm(node.samples, generator=rng)
+
+    def fit(self, node: Node, work: Work, client: Client, epochs: int) -> Work:
+        """Return the work after all stages of local training.
+
+        Raises:
+            DivergedError: the loss or the weights became infinite or NaN.
+        """
         data = client.batch("train")
         with global_stream(self.seed, node.path, node.round, "training"):
             for stage, num in self.method.stages(node, work, epochs):
                 phases = self.method.phases(work, stage)
-                # What a method does beside ordinary training must not shift the order of that.
-                key = () if stage == "train" else (stage,)
                 for epoch in range(num):
-                    rng = generator(self.seed, node.path, node.round, *key, epoch)
-                    order = torch.randperm(node.samples, generator=rng)
+                    order = self.order(node, stage, epoch)
                     for phase in phases:
                         for batch in _batches(data, order, self.setup.training.batch_size):
                             work = self.method.step(self.setup, work, batch, phase)
-                _check_work(node, work)
+                check_work(node, work)
                 work = self.method.after(node, work, stage)
         return work
 
 
-def _batches(data: Batch, order: torch.Tensor, size: int) -> Iterator[Batch]:
+def _batches(data: Samples, order: torch.Tensor, size: int) -> Iterator[Batch]:
     inputs, labels = data
     for chosen in order.split(size):
         yield inputs[chosen], labels[chosen]
 
 
-def _check_work(node: Node, work: Work) -> None:
+def check_work(node: Node, work: Work) -> None:
+    """Refuse work in which something is no number.
+
+    Raises:
+        DivergedError: the loss or a tensor is infinite or NaN.
+    """
     # One look at the end of a stage is enough: a sum that was NaN once stays so.
-    _check_finite(node, float(work["metrics"]["loss"]))
+    check_finite(node, float(work["metrics"]["loss"]))
     for group in work.values():
         for name, tensor in group.items():
             if not tensor.isfinite().all():
                 raise DivergedError(node.path, node.round, f"{name} is not finite")
 
 
-def _check_finite(node: Node, loss: float) -> None:
+def check_finite(node: Node, loss: float) -> None:
+    """Refuse a loss that is no number.
+
+    Raises:
+        DivergedError: it is infinite or NaN.
+    """
     if not abs(loss) < float("inf"):
         raise DivergedError(node.path, node.round, f"the loss is {loss}")

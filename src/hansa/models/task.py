@@ -2,14 +2,17 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, grad
 
 Tensors = Mapping[str, torch.Tensor]
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Inputs [batch, ...], class numbers [batch], and maybe weights [batch]: 1 for a sample, 0 for
+what only fills the batch up and changes nothing."""
 Metrics = dict[str, torch.Tensor]
 
 
@@ -50,13 +53,13 @@ class Task:
         Args:
             params: name -> parameter.
             buffers: name -> buffer.
-            batch: inputs [batch, ...] and class numbers [batch].
+            batch: inputs [batch, ...], class numbers [batch], and maybe weights [batch].
             training: whether layers such as dropout and BatchNorm act as in training.
 
         Returns:
             The scalar loss, and ``{"loss": sum, "accuracy": number correct, "count": batch}``.
         """
-        inputs, labels = batch
+        inputs, labels, *weights = batch
         if self.module.training is not training:
             self.module.train(training)
         tensors = {**params, **buffers}
@@ -64,14 +67,16 @@ class Task:
         # Ties are resolved above, once: PyTorch would look for them at every call, and leaves
         # these tensors in a module that is used in two places.
         logits = functional_call(self.module, tensors, (inputs,), tie_weights=False)
-        loss = F.cross_entropy(logits, labels)
-        correct = (logits.detach().argmax(1) == labels).sum()
-        count = len(labels)
-        return loss, {
-            "loss": loss.detach() * count,
-            "accuracy": correct,
-            "count": loss.new_tensor(count),
-        }
+        correct = logits.detach().argmax(1) == labels
+        if weights:
+            count = weights[0].sum()
+            total = (F.cross_entropy(logits, labels, reduction="none") * weights[0]).sum()
+            # Where every weight is 0 the loss is 0 as well.
+            loss, correct = total / count.clamp(min=1), (correct * weights[0]).sum()
+            return loss, {"loss": total.detach(), "accuracy": correct, "count": count}
+        loss, num = F.cross_entropy(logits, labels), len(labels)
+        count = torch.full_like(loss, num, requires_grad=False)
+        return loss, {"loss": loss.detach() * num, "accuracy": correct.sum(), "count": count}
 
     def gradients(
         self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True
@@ -106,6 +111,34 @@ class Task:
             for name, value in [*params.items(), *buffers.items()]:
                 state[name].copy_(value)
         return module.eval()
+
+
+class PureTask(Task):
+    """A task whose gradients `vmap` can take for many clients at once.
+
+    Args:
+        task: the task.
+        unused: parameters that have no part in the loss, whose gradients are None.
+    """
+
+    def __init__(self, task: Task, unused: frozenset[str]) -> None:
+        vars(self).update(vars(task))
+        self._unused = unused
+
+    def gradients(
+        self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True
+    ) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor], Metrics]:
+        """Return what a task's own ``gradients`` returns."""
+
+        def objective(params: Tensors) -> tuple[torch.Tensor, tuple[dict[str, Any], Metrics]]:
+            after = {name: b.clone() for name, b in buffers.items()}
+            loss, metrics = self.loss(params, after, batch, training)
+            return loss, (after, metrics)
+
+        used = {name: p for name, p in params.items() if name not in self._unused}
+        fixed = {name: params[name] for name in self._unused}
+        gradients, (after, metrics) = grad(lambda p: objective(p | fixed), has_aux=True)(used)
+        return {name: gradients.get(name) for name in params}, after, metrics
 
 
 def _aliases(module: nn.Module) -> dict[str, str]:

@@ -8,6 +8,7 @@ from hansa.data.clients import Client
 from hansa.errors import InputError
 from hansa.federation.engines import local
 from hansa.federation.engines.local import LocalEngine
+from hansa.federation.engines.plan import Plan
 from hansa.federation.leaf import DivergedError
 from hansa.federation.message import Message
 from hansa.federation.methods import (
@@ -37,7 +38,7 @@ def build(method: Method, workers: int = 1, tree: Tree | None = None) -> LocalEn
         model=model,
         data=clients(5, per_client=8),
         participation=HARD,
-        workers=workers,
+        plan=Plan(workers=workers),
         tree=tree,
     )
 
@@ -138,7 +139,7 @@ def poisoned() -> dict[str, Client]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_client(workers: int) -> None:
-    federation = engine(FedAvg(), data=poisoned(), workers=workers)
+    federation = engine(FedAvg(), data=poisoned(), plan=Plan(workers=workers))
     with pytest.raises(DivergedError, match="the loss is nan in round 1 at c1"):
         run(federation)
 
@@ -180,7 +181,7 @@ def test_a_model_that_cannot_be_sent_to_a_process_is_named() -> None:
         pass
 
     with pytest.raises(InputError, match=r"engine\.workers"):
-        engine(FedAvg(), model=Hidden(4, 3), workers=2)
+        engine(FedAvg(), model=Hidden(4, 3), plan=Plan(workers=2))
 
 
 def test_a_client_whose_weights_overflow_in_its_last_step_is_dropped() -> None:

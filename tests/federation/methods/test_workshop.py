@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hansa.federation.leaf import DivergedError, Leaf
-from hansa.federation.message import State
+from hansa.federation.leaf import DivergedError, Job, Leaf
+from hansa.federation.message import Message, State
 from hansa.federation.methods import FedAvg, FedSelect
 from hansa.federation.methods.masks import keep
 from hansa.federation.optimizer import Training
@@ -120,7 +120,7 @@ def test_training_starts_from_the_round_s_values_and_not_from_the_selection_s() 
     method, setup = federation.method, federation.setup
     leaf = Leaf(method, setup, 5)
     client = clients()["c0"]
-    node = leaf._node("root/c0", 1, client)
+    node = leaf.node(Job("root/c0", 1, client, State(), Message()))
     ((_, down),) = method.dispatch(
         node, federation.state(), federation._children(ROOT, ["root/c0"])
     )
@@ -191,7 +191,7 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
 def test_adam_starts_afresh_after_every_rewind() -> None:
     federation = engine(workshop(), training=Training(optimizer="adam", lr=0.01, batch_size=3))
     method, setup = federation.method, federation.setup
-    node = federation._leaf._node("root/c0", 1, clients()["c0"])
+    node = federation._leaf.node(Job("root/c0", 1, clients()["c0"], State(), Message()))
     ((_, down),) = method.dispatch(
         node, federation.state(), federation._children(ROOT, ["root/c0"])
     )

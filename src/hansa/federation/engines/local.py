@@ -7,7 +7,7 @@ of random numbers are derived, and replies are merged in path order.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, islice
 from time import perf_counter
@@ -17,23 +17,21 @@ from typing import Literal, TypeVar
 import torch
 
 from hansa.data.clients import Client
-from hansa.federation.engines.workers import (
-    Pool,
-    ThisProcess,
-    Trained,
-    Workers,
-    check_sendable,
-)
-from hansa.federation.leaf import DivergedError, Leaf, Metrics, Newcomer
+from hansa.federation.engines.plan import Plan
+from hansa.federation.engines.workers import Pool, ThisProcess, Workers, check_sendable
+from hansa.federation.leaf import DivergedError, Job, Leaf, Metrics, Newcomer, Scores, Trained
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Child, Node, Reply, Setup
 from hansa.federation.participation import Fate, Participation
+from hansa.federation.stack import Stack
 from hansa.federation.store import MemoryStore, Store, link_key
 from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import encoded_size
 
 T = TypeVar("T")
+WINDOW = 4
+"""Stacks whose leaves are sorted by size together; their replies are held until all are there."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,17 @@ class RoundResult:
     pairs: tuple[tuple[str, str, str, float, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A child that is asked in a round: what it is sent, and what will become of it."""
+
+    path: str
+    round: int
+    down: Message
+    fate: Fate
+    seconds: float
+
+
 class LocalEngine:
     """Runs rounds of a method over a tree whose leaves hold data.
 
@@ -91,23 +100,26 @@ class LocalEngine:
         setup: Setup,
         seed: int,
         participation: Participation | None = None,
-        workers: int = 1,
         on_failure: Literal["stop", "drop"] = "stop",
+        plan: Plan | None = None,
     ) -> None:
         self.tree, self.clients, self.method, self.setup = tree, clients, method, setup
-        self.seed, self.on_failure, self.num_workers = seed, on_failure, workers
+        self.seed, self.on_failure, self.plan = seed, on_failure, plan or Plan()
         self.participation = participation or Participation()
         self.store: Store = MemoryStore()
         self._leaf = Leaf(method, setup, seed)
-        self._workers: Workers = ThisProcess(self._leaf, clients)
+        self._workers: Workers = ThisProcess(Stack(self._leaf))
         self._threads = 1
         self.rounds_done = 0
-        if workers > 1:
-            check_sendable(self._leaf, workers)
+        if self.plan.workers > 1:
+            check_sendable(self._leaf, self.plan.workers)
 
     def __enter__(self) -> "LocalEngine":
-        if self.num_workers > 1:
-            self._workers = Pool(self.num_workers, self._leaf, self.clients)
+        stack = Stack(self._leaf)
+        if self.plan.workers > 1:
+            self._workers = Pool(self.plan.workers, stack, self.clients)
+        else:
+            self._workers = ThisProcess(stack)
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
         return self
@@ -165,7 +177,7 @@ class LocalEngine:
         root = self._node(ROOT, self.rounds_done)
         path = f"{ROOT}/{name}"
         ((_, down),) = self.method.dispatch(root, self.state(), [Child(path, State())])
-        return self._leaf.onboard(path, self.rounds_done + 1, client, down, epochs)
+        return self._leaf.onboard(Job(path, self.rounds_done + 1, client, State(), down), epochs)
 
     def _pairs(self) -> Iterator[tuple[str, str, str, float, float]]:
         """Yield how clients' own models and masks compare, two by two."""
@@ -190,8 +202,7 @@ class LocalEngine:
                 yield first, second, "iou", both, either
 
     def _model(self, path: str) -> tuple[Tensors, Tensors]:
-        client, state = self.clients[path], self.store.get(path)
-        return self._leaf.model(path, self.rounds_done, client, state, self._sent(path))
+        return self._leaf.model(self._job(path, self.rounds_done, self._sent(path)))
 
     def _held(self, path: str) -> State:
         """Return a leaf's own state; elsewhere, or where it has none, what it would receive."""
@@ -231,6 +242,9 @@ class LocalEngine:
         self.store.put(node.path, state)
         return Message() if node.path == ROOT else self.method.reply(node, state)
 
+    def _job(self, path: str, number: int, down: Message) -> Job:
+        return Job(path, number, self.clients[path], self.store.get(path), down)
+
     def _replies(
         self,
         parent: Node,
@@ -239,80 +253,134 @@ class LocalEngine:
         visits: list[Visit],
     ) -> Iterator[Reply]:
         """Yield the replies of a node's children as they come in, in path order."""
-        calls = (self._ask(parent.round, path, down, visits) for path, down in sent)
-        for ask in _ahead(calls, self._workers.ahead):
-            visit, state, reply = ask()
-            visits.append(visit)
-            if visit.fate == "ok" and self.tree.is_leaf(visit.path) and state:
-                self.store.put(visit.path, state)
-            if not reply:
-                continue
-            key = link_key(parent.path, visit.path)
-            link = self.store.get(key)
-            remembered = self.method.remember(parent, before, Child(visit.path, link), reply)
-            if remembered:
-                self.store.put(key, remembered)
-            yield Reply(visit.path, link, reply)
+        asked = (self._asked(parent.round, path, down) for path, down in sent)
+        calls = (self._ask(window, visits) for window in self._windows(asked))
+        for call in _ahead(calls, self._windows_ahead):
+            for visit, state, reply in call():
+                visits.append(visit)
+                if visit.fate == "ok" and self.tree.is_leaf(visit.path) and state:
+                    self.store.put(visit.path, state)
+                if not reply:
+                    continue
+                key = link_key(parent.path, visit.path)
+                link = self.store.get(key)
+                remembered = self.method.remember(parent, before, Child(visit.path, link), reply)
+                if remembered:
+                    self.store.put(key, remembered)
+                yield Reply(visit.path, link, reply)
 
-    def _ask(
-        self, number: int, path: str, down: Message, visits: list[Visit]
-    ) -> Callable[[], tuple[Visit, State, Message]]:
-        """Start a child's round; the call returns what became of it."""
-        node = self._node(path, number)
-        batches = -(-node.samples // self.setup.training.batch_size)
+    @property
+    def _windows_ahead(self) -> int:
+        """How many windows are worth starting before the first result is asked for."""
+        return -(-self._workers.ahead // WINDOW) if self.plan.stack > 1 else self._workers.ahead
+
+    def _windows(self, asked: Iterable[_Asked]) -> Iterator[list[_Asked]]:
+        """Yield children in parts whose leaves fill some stacks; an inner node stands alone."""
+        num = self.plan.stack * WINDOW if self.plan.stack > 1 else 1
+        window: list[_Asked] = []
+        for ask in asked:
+            leaf = self.tree.is_leaf(ask.path)
+            if window and (not leaf or len(window) == num):
+                yield window
+                window = []
+            window.append(ask)
+            if not leaf:
+                yield window
+                window = []
+        if window:
+            yield window
+
+    def _stacks(self, window: Sequence[_Asked]) -> list[list[_Asked]]:
+        """Return the leaves of a window in stacks, those of like size together."""
+        leaves = [ask for ask in window if ask.fate == "ok" and self.tree.is_leaf(ask.path)]
+        leaves.sort(key=lambda ask: -self.clients[ask.path].count("train"))
+        return [leaves[k : k + self.plan.stack] for k in range(0, len(leaves), self.plan.stack)]
+
+    def _asked(self, number: int, path: str, down: Message) -> _Asked:
+        samples = self.clients[path].count("train") if path in self.clients else 0
+        batches = -(-samples // self.setup.training.batch_size)
         steps = batches * self.method.passes(self.setup)
         fate, seconds = self.participation.fate(self.seed, path, number, steps)
-        size = encoded_size(down)
-        start: Callable[[], Trained]
-        if fate != "ok":
-            return lambda: (Visit(path, fate, size, seconds=seconds), State(), Message())
+        return _Asked(path, number, down, fate, seconds)
+
+    def _ask(
+        self, window: list[_Asked], visits: list[Visit]
+    ) -> Callable[[], list[tuple[Visit, State, Message]]]:
+        """Start the round of some children; the call returns what became of them, in order."""
+        stacks = self._stacks(window)
+        calls = [
+            self._workers.train([self._job(ask.path, ask.round, ask.down) for ask in stack])
+            for stack in stacks
+        ]
+
+        def results() -> list[tuple[Visit, State, Message]]:
+            done: dict[str, Trained | DivergedError] = {}
+            for stack, call in zip(stacks, calls, strict=True):
+                done.update(zip((ask.path for ask in stack), call(), strict=True))
+            return [self._visited(ask, done, visits) for ask in window]
+
+        return results
+
+    def _visited(
+        self, ask: _Asked, done: Mapping[str, Trained | DivergedError], visits: list[Visit]
+    ) -> tuple[Visit, State, Message]:
+        """Return what became of one child: a leaf that is done, or an inner node, which is visited.
+
+        Raises:
+            DivergedError: the leaf's loss is no number and ``on_failure`` is ``stop``.
+        """
+        path, seconds, size = ask.path, ask.seconds, encoded_size(ask.down)
+        if ask.fate != "ok":
+            return Visit(path, ask.fate, size, seconds=seconds), State(), Message()
         if self.tree.is_leaf(path):
-            start = self._workers.train(path, number, self.store.get(path), down)
-        else:
-
-            def start() -> Trained:
-                state = self.method.receive(node, self.store.get(path), down)
-                return State(), self._visit(node, state, visits), {}
-
-        def result() -> tuple[Visit, State, Message]:
-            try:
-                state, reply, metrics = start()
-            except DivergedError as error:
+            outcome = done[path]
+            if isinstance(outcome, DivergedError):
                 if self.on_failure == "stop":
-                    raise
-                visit = Visit(path, "failed", size, seconds=seconds, error=str(error))
+                    raise outcome
+                visit = Visit(path, "failed", size, seconds=seconds, error=str(outcome))
                 return visit, State(), Message()
-            up = encoded_size(reply)
-            return Visit(path, "ok", size, up, seconds, metrics), state, reply
+            state, reply, metrics = outcome
+        else:
+            node = self._node(path, ask.round)
+            received = self.method.receive(node, self.store.get(path), ask.down)
+            state, reply, metrics = State(), self._visit(node, received, visits), {}
+        up = encoded_size(reply)
+        return Visit(path, "ok", size, up, seconds, metrics), state, reply
 
-        return result
-
-    def _score(self, node: Node, state: State) -> Iterator[tuple[str, dict[str, Metrics]]]:
+    def _score(self, node: Node, state: State) -> Iterator[tuple[str, Scores]]:
         """Yield every leaf's scores, in path order; what this sends is not part of the round."""
         children = self.tree.children(node.path)
         sent = self.method.dispatch(node, state, self._children(node.path, children))
-
-        def ask(path: str, down: Message) -> Callable[[], Iterable[tuple[str, dict[str, Metrics]]]]:
-            held = self.store.get(path)
-            if self.tree.is_leaf(path):
-                scores = self._workers.score(path, node.round, held, down)
-                return lambda: self._unless_dropped(path, scores)
-            child = self._node(path, node.round)
-            return lambda: self._score(child, self.method.receive(child, held, down))
-
-        calls = (ask(path, down) for path, down in sent)
-        for call in _ahead(calls, self._workers.ahead):
+        asked = (_Asked(path, node.round, down, "ok", 0.0) for path, down in sent)
+        calls = (self._ask_scores(node, window) for window in self._windows(asked))
+        for call in _ahead(calls, self._windows_ahead):
             yield from call()
 
-    def _unless_dropped(
-        self, path: str, scores: Callable[[], dict[str, Metrics]]
-    ) -> list[tuple[str, dict[str, Metrics]]]:
-        try:
-            return [(path, scores())]
-        except DivergedError:
-            if self.on_failure == "stop":
-                raise
-            return []
+    def _ask_scores(
+        self, node: Node, window: list[_Asked]
+    ) -> Callable[[], Iterable[tuple[str, Scores]]]:
+        first = window[0]
+        if not self.tree.is_leaf(first.path):
+            child, held = self._node(first.path, node.round), self.store.get(first.path)
+            return lambda: self._score(child, self.method.receive(child, held, first.down))
+        stacks = self._stacks(window)
+        calls = [
+            self._workers.score([self._job(ask.path, ask.round, ask.down) for ask in stack])
+            for stack in stacks
+        ]
+
+        def results() -> Iterator[tuple[str, Scores]]:
+            found: dict[str, Scores | DivergedError] = {}
+            for stack, call in zip(stacks, calls, strict=True):
+                found.update(zip((ask.path for ask in stack), call(), strict=True))
+            for ask in window:
+                scores = found[ask.path]
+                if not isinstance(scores, DivergedError):
+                    yield ask.path, scores
+                elif self.on_failure == "stop":
+                    raise scores
+
+        return results
 
 
 def _ahead(calls: Iterator[T], num: int) -> Iterator[T]:

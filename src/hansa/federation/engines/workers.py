@@ -1,34 +1,35 @@
-"""Who does the work of leaves: this process, or a pool of others. Same calls, same numbers."""
+"""Who does the work of stacks: this process, or a pool of others. Same calls, same numbers."""
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Any, Protocol
 
 from hansa.data.clients import Client
 from hansa.errors import InputError
-from hansa.federation.leaf import Leaf, Metrics
-from hansa.federation.message import Message, State
+from hansa.federation.leaf import DivergedError, Job, Leaf, Metrics, Scores, Trained
+from hansa.federation.message import Message
+from hansa.federation.stack import Stack
 from hansa.federation.wire import decode, encode
 from hansa.processes import pool
 
-Trained = tuple[State, Message, Metrics]
-Scores = dict[str, Metrics]
-
 
 class Workers(Protocol):
-    """Trains and scores leaves. Each call returns a call that gives the result."""
+    """Trains and scores leaves in stacks. Each call returns a call that gives the results.
+
+    A leaf whose loss is no number has its error for a result.
+    """
 
     ahead: int
-    """How many leaves are worth starting before the first result is asked for."""
+    """How many stacks are worth starting before the first result is asked for."""
 
-    def train(self, path: str, round_: int, state: State, down: Message) -> Callable[[], Trained]:
-        """Return a call that gives the leaf's new state, its reply and its training metrics."""
+    def train(self, jobs: Sequence[Job]) -> Callable[[], list[Trained | DivergedError]]:
+        """Return a call that gives each leaf's new state, its reply and its training metrics."""
         ...
 
-    def score(self, path: str, round_: int, state: State, down: Message) -> Callable[[], Scores]:
-        """Return a call that gives the leaf's metrics by split."""
+    def score(self, jobs: Sequence[Job]) -> Callable[[], list[Scores | DivergedError]]:
+        """Return a call that gives each leaf's metrics by split."""
         ...
 
     def close(self) -> None:
@@ -37,55 +38,61 @@ class Workers(Protocol):
 
 
 class ThisProcess:
-    """Does each piece of work when its result is asked for."""
+    """Does each stack when its results are asked for."""
 
     ahead = 1
 
-    def __init__(self, leaf: Leaf, clients: Mapping[str, Client]) -> None:
-        self._leaf, self._clients = leaf, clients
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
 
-    def train(self, path: str, round_: int, state: State, down: Message) -> Callable[[], Trained]:
-        """Return a call that trains one leaf."""
-        return lambda: self._leaf.train(path, round_, self._clients[path], state, down)
+    def train(self, jobs: Sequence[Job]) -> Callable[[], list[Trained | DivergedError]]:
+        """Return a call that trains the leaves."""
+        return lambda: self._stack.train(jobs)
 
-    def score(self, path: str, round_: int, state: State, down: Message) -> Callable[[], Scores]:
-        """Return a call that scores one leaf."""
-        return lambda: self._leaf.score(path, round_, self._clients[path], state, down)
+    def score(self, jobs: Sequence[Job]) -> Callable[[], list[Scores | DivergedError]]:
+        """Return a call that scores the leaves."""
+        return lambda: self._stack.score(jobs)
 
     def close(self) -> None:
         """Do nothing."""
 
 
 class Pool:
-    """Does the work in other processes. States and messages cross as their encoded bytes."""
+    """Does the stacks in other processes. States and messages cross as their encoded bytes."""
 
-    def __init__(self, num: int, leaf: Leaf, clients: Mapping[str, Client]) -> None:
+    def __init__(self, num: int, stack: Stack, clients: Mapping[str, Client]) -> None:
         self.ahead = 2 * num
-        self._stack = ExitStack()
-        self._executor = self._stack.enter_context(pool(num, _enter, leaf, dict(clients)))
+        self._exit = ExitStack()
+        self._executor = self._exit.enter_context(pool(num, _enter, stack, dict(clients)))
 
-    def train(self, path: str, round_: int, state: State, down: Message) -> Callable[[], Trained]:
-        """Start training one leaf; the call waits for it."""
-        future = self._submit(_train, path, round_, state, down)
+    def train(self, jobs: Sequence[Job]) -> Callable[[], list[Trained | DivergedError]]:
+        """Start training the leaves; the call waits for them."""
+        future = self._submit(_train, jobs)
 
-        def result() -> Trained:
-            after, reply, metrics = future.result()
-            return decode(after), decode(reply), metrics
+        def results() -> list[Trained | DivergedError]:
+            return [
+                done
+                if isinstance(done, DivergedError)
+                else (decode(done[0]), decode(done[1]), done[2])
+                for done in future.result()
+            ]
 
-        return result
+        return results
 
-    def score(self, path: str, round_: int, state: State, down: Message) -> Callable[[], Scores]:
-        """Start scoring one leaf; the call waits for it."""
-        return self._submit(_score, path, round_, state, down).result
+    def score(self, jobs: Sequence[Job]) -> Callable[[], list[Scores | DivergedError]]:
+        """Start scoring the leaves; the call waits for them."""
+        return self._submit(_score, jobs).result
 
     def close(self) -> None:
         """End the processes."""
-        self._stack.close()
+        self._exit.close()
 
-    def _submit(
-        self, call: Callable[..., Any], path: str, round_: int, state: State, down: Message
-    ) -> Future[Any]:
-        return self._executor.submit(call, path, round_, encode(state), encode(down))
+    def _submit(self, call: Callable[..., Any], jobs: Sequence[Job]) -> Future[Any]:
+        # A message that many children are sent crosses once.
+        downs = {id(job.down): job.down for job in jobs}
+        sent = {key: encode(down) for key, down in downs.items()}
+        rows = [(job.path, job.round, encode(job.state), id(job.down)) for job in jobs]
+        return self._executor.submit(call, rows, sent)
 
 
 def check_sendable(leaf: Leaf, num: int) -> None:
@@ -104,18 +111,32 @@ def check_sendable(leaf: Leaf, num: int) -> None:
         ) from error
 
 
-_here: ThisProcess
+_Row = tuple[str, int, bytes, int]
+_here: Stack
+_clients: dict[str, Client]
 
 
-def _enter(leaf: Leaf, clients: dict[str, Client]) -> None:
-    global _here
-    _here = ThisProcess(leaf, clients)
+def _enter(stack: Stack, clients: dict[str, Client]) -> None:
+    global _here, _clients
+    _here, _clients = stack, clients
 
 
-def _train(path: str, round_: int, state: bytes, down: bytes) -> tuple[bytes, bytes, Metrics]:
-    after, reply, metrics = _here.train(path, round_, decode(state), decode(down))()
-    return encode(after), encode(reply), metrics
+def _jobs(rows: list[_Row], sent: dict[int, bytes]) -> list[Job]:
+    downs: dict[int, Message] = {key: decode(data) for key, data in sent.items()}
+    return [
+        Job(path, number, _clients[path], decode(state), downs[key])
+        for path, number, state, key in rows
+    ]
 
 
-def _score(path: str, round_: int, state: bytes, down: bytes) -> Scores:
-    return _here.score(path, round_, decode(state), decode(down))()
+def _train(
+    rows: list[_Row], sent: dict[int, bytes]
+) -> list[tuple[bytes, bytes, Metrics] | DivergedError]:
+    return [
+        done if isinstance(done, DivergedError) else (encode(done[0]), encode(done[1]), done[2])
+        for done in _here.train(_jobs(rows, sent))
+    ]
+
+
+def _score(rows: list[_Row], sent: dict[int, bytes]) -> list[Scores | DivergedError]:
+    return _here.score(_jobs(rows, sent))
