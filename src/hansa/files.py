@@ -33,3 +33,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def cache_folder(name: str) -> Path:
+    """Return a folder of this user for what can be made again: below ``HANSA_CACHE`` or ~/.cache.
+
+    Others have no business there: what it holds is executed.
+    """
+    parent = os.environ.get("HANSA_CACHE") or os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(parent) if parent else Path.home() / ".cache"
+    folder = root / "hansa" / name
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder

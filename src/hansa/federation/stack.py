@@ -17,8 +17,11 @@ from typing import TypeVar
 
 import torch
 from torch.func import vmap
+from torch.nn.utils.rnn import pad_sequence
 
 from hansa.data.clients import Client, Split, take
+from hansa.federation.compiled import Program, Programs, fill, masked
+from hansa.federation.engines.plan import Plan
 from hansa.federation.leaf import (
     SCORED_SPLITS,
     DivergedError,
@@ -38,6 +41,7 @@ from hansa.seeding import global_stream
 T = TypeVar("T")
 Step = Callable[[Work, Batch], Work]
 Model = tuple[Tensors, Tensors]
+OnDevice = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 EVALUATED = 1024
 """Samples that are scored in one call, over all clients of a stack."""
 
@@ -58,16 +62,21 @@ class Stack:
 
     Args:
         leaf: what does one leaf.
-        pads: whether batches of unequal sizes may be filled up. Not so for a model that mixes the
-            samples of a batch (BatchNorm): its clients are stacked with those of equal size.
+        plan: how stacks are done. Where its ``pads`` is not set, for a model that mixes the samples
+            of a batch (BatchNorm), clients are stacked with those of equal size only.
+        width: samples of a full batch, over all clients.
 
     Attributes:
         failure: why leaves are done one by one, empty while they are not.
+        programs: the compiled steps, where the plan has any.
     """
 
-    def __init__(self, leaf: Leaf, pads: bool = True) -> None:
-        self.leaf, self.pads, self.failure = leaf, pads, ""
+    def __init__(self, leaf: Leaf, plan: Plan, width: int) -> None:
+        self.leaf, self.plan, self.width, self.failure = leaf, plan, width, ""
+        self.programs = Programs(plan.wait) if plan.kind == "compiled" else None
+        self._device = torch.device(plan.device)
         self._setup: Setup | None = None
+        self._pools: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def train(self, jobs: Sequence[Job]) -> list[Trained | DivergedError]:
         """Return each leaf's new state, its reply and its training metrics, or its error."""
@@ -107,7 +116,7 @@ class Stack:
 
         def kind(item: Item) -> Hashable:
             stages = tuple(self.leaf.method.stages(item.node, item.work, epochs))
-            return stages, _signature(item.work), self.pads or item.node.samples
+            return stages, _signature(item.work), self.plan.pads or item.node.samples
 
         def alone(item: Item) -> Work | DivergedError:
             return _caught(self.leaf.fit, item.node, item.work, item.client, epochs)
@@ -118,27 +127,26 @@ class Stack:
 
         return self._in_groups(items, kind, together, alone)
 
-    def step(self, phase: str) -> Step:
-        """Return the step of a phase for stacked work and a stacked batch."""
-        method, setup = self.leaf.method, self._setup
-        assert setup is not None  # noqa: S101
-
-        def one(work: Work, batch: Batch) -> Work:
-            return method.step(setup, work, batch, phase)
-
-        return vmap(one)
-
     def prepare(self, client: Client) -> Setup:
         """Return the setup whose task can be stacked; any client's first samples show its shape."""
         if self._setup is None:
-            setup = self.leaf.setup
+            setup, plan = self.leaf.setup, self.plan
             task, first = setup.task, torch.from_numpy(client.splits["train"][:2])
             with global_stream(self.leaf.seed, "probe"):
                 batch = take(client.inputs, client.labels, first)
                 gradients, _, _ = task.gradients(task.params, task.buffers, batch)
             unused = frozenset(name for name, gradient in gradients.items() if gradient is None)
-            self._setup = replace(setup, task=PureTask(task, unused))
+            pure = PureTask(task, unused, plan.device, plan.precision)
+            self._setup = replace(setup, task=pure)
         return self._setup
+
+    def _on(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a pool of samples on the device, where it stays once it was brought there."""
+        if self._device.type == "cpu":
+            return inputs, labels
+        if id(inputs) not in self._pools:
+            self._pools[id(inputs)] = inputs.to(self._device), labels.to(self._device)
+        return self._pools[id(inputs)]
 
     def _in_groups(
         self,
@@ -151,7 +159,7 @@ class Stack:
         found: dict[int, T] = {}
         for numbers in _grouped(range(len(items)), lambda k: kind(items[k])):
             group = [items[k] for k in numbers]
-            if len(group) > 1 and not self.failure:
+            if not self.failure and (len(group) > 1 or self._device.type != "cpu"):
                 try:
                     self.prepare(group[0].client)
                     found.update(zip(numbers, together(group), strict=True))
@@ -187,24 +195,38 @@ class Stack:
         """Return the work of items of one kind after the epochs of one stage."""
         order = sorted(range(len(items)), key=lambda k: -items[k].node.samples)
         sorted_items = [items[k] for k in order]
-        work = _stacked([item.work for item in sorted_items])
-        pool = Pool([item.client for item in sorted_items], "train")
+        pool = Pool([item.client for item in sorted_items], "train", self._on)
+        work = _moved(_stacked([item.work for item in sorted_items]), self._device)
+        # A stack that is less than half full is faster without a program.
+        compiled = self.programs is not None and 2 * len(items) >= self.plan.stack
+        if compiled:
+            work = _filled_up(work, self.plan.stack)
         # Only where an epoch has several phases do its ends have to meet.
         epochs = [[epoch] for epoch in range(num)] if len(phases) > 1 else [list(range(num))]
-        for part in epochs:
-            for phase in phases:
-                orders = [
-                    [self.leaf.order(item.node, stage, epoch) for epoch in part]
-                    for item in sorted_items
-                ]
-                batches = pool.batches(orders, self.leaf.setup.training.batch_size)
-                work = self._pass(self.step(phase), work, batches)
-        rows = _unstacked(work, len(items))
+        with torch.no_grad():
+            for part in epochs:
+                for phase in phases:
+                    orders = [
+                        [self.leaf.order(item.node, stage, epoch) for epoch in part]
+                        for item in sorted_items
+                    ]
+                    batches = pool.batches(orders, self.leaf.setup.training.batch_size)
+                    work = (self._compiled if compiled else self._pass)(phase, work, batches)
+        rows = _unstacked(_moved(work, torch.device("cpu")), len(items))
         return [rows[order.index(k)] for k in range(len(items))]
 
-    def _pass(self, step: Step, work: Work, batches: Iterable[Batch]) -> Work:
+    def _step(self, phase: str) -> Step:
+        method, setup = self.leaf.method, self._setup
+        assert setup is not None  # noqa: S101
+
+        def one(work: Work, batch: Batch) -> Work:
+            return method.step(setup, work, batch, phase)
+
+        return one
+
+    def _pass(self, phase: str, work: Work, batches: Iterable[Batch]) -> Work:
         """Return the work after some batches; those at the end of the stack may run out first."""
-        finished: list[Work] = []
+        step, finished = vmap(self._step(phase)), []
         size = len(work["metrics"]["count"])
         for batch in batches:
             if len(batch[1]) < size:
@@ -212,6 +234,22 @@ class Stack:
                 work, size = _rows(work, 0, len(batch[1])), len(batch[1])
             work = step(work, batch)
         return _joined([work, *reversed(finished)]) if finished else work
+
+    def _compiled(self, phase: str, work: Work, batches: Iterable[Batch]) -> Work:
+        """Return the work after some batches, by a program from the moment there is one."""
+        assert self.programs is not None  # noqa: S101
+        step = masked(self._step(phase))
+        programs: dict[int, Program | None] = {}
+        for number, batch in enumerate(batches):
+            width = self.width if self.plan.pads else batch[1].shape[1]
+            filled = fill(batch, self.plan.stack, width)
+            # The first step may add the memory of an optimizer; after that shapes stay.
+            if width not in programs or (number == 1 and programs[width] is None):
+                about = (phase, _signature(work), filled[0].shape)
+                programs[width] = self.programs.find(about, step, work, filled)
+            program = programs[width]
+            work = program.step(work, filled) if program else step(work, filled)
+        return work
 
     def _models(
         self, jobs: Sequence[Job], nodes: Sequence[Node], states: Sequence[State]
@@ -239,16 +277,17 @@ class Stack:
                 return task.evaluate(item.work["params"], item.work["buffers"], batch)
 
         def together(group: list[Item]) -> list[Metrics]:
-            pool = Pool([item.client for item in group], split)
+            pool = Pool([item.client for item in group], split, self._on)
             works = [item.work for item in group]
             shared = all(_is_same(work, works[0]) for work in works)
-            held = works[0] if shared else _stacked(works)
+            held = _moved(works[0] if shared else _stacked(works), self._device)
+            pure = self.prepare(group[0].client).task
 
             def one(work: Work, batch: Batch) -> Tensors:
-                return task.loss(work["params"], work["buffers"], batch, training=False)[1]
+                return pure.loss(work["params"], work["buffers"], batch, training=False)[1]
 
             call = vmap(one, in_dims=(None if shared else 0, 0))
-            totals = torch.zeros(3, len(group), dtype=torch.float64)
+            totals = torch.zeros(3, len(group), dtype=torch.float64, device=self._device)
             for batch in pool.all(max(1, EVALUATED // len(group))):
                 metrics = call(held, batch)
                 rows = [metrics[name].double() for name in ("loss", "accuracy", "count")]
@@ -269,16 +308,18 @@ class Pool:
     Clients that hold parts of one pool of samples are read from there; others are put together.
     """
 
-    def __init__(self, clients: Sequence[Client], split: Split) -> None:
+    def __init__(self, clients: Sequence[Client], split: Split, on: OnDevice) -> None:
         index = [torch.from_numpy(client.splits[split]) for client in clients]
         first = clients[0]
         if all(client.inputs is first.inputs for client in clients):
-            self._inputs, self._labels, self._index = first.inputs, first.labels, index
+            self._inputs, self._labels = on(first.inputs, first.labels)
+            self._index = index
         else:
             pairs = zip(clients, index, strict=True)
             parts = [(client.inputs[rows], client.labels[rows]) for client, rows in pairs]
-            self._inputs = torch.cat([inputs for inputs, _ in parts])
-            self._labels = torch.cat([labels for _, labels in parts])
+            device = on(first.inputs[:0], first.labels[:0])[0].device
+            self._inputs = torch.cat([inputs for inputs, _ in parts]).to(device)
+            self._labels = torch.cat([labels for _, labels in parts]).to(device)
             self._index = list(torch.arange(len(self._labels)).split([len(i) for i in index]))
 
     def batches(self, orders: Sequence[Sequence[torch.Tensor]], size: int) -> Iterator[Batch]:
@@ -305,14 +346,14 @@ class Pool:
 
     def _batch(self, rows: list[torch.Tensor]) -> Batch:
         width = max(len(row) for row in rows)
+        device = self._labels.device
         if all(len(row) == width for row in rows):
-            return take(self._inputs, self._labels, torch.stack(rows))
-        index = torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=int(max(rows, key=len)[0])
-        )
-        filled = torch.tensor([len(row) for row in rows])[:, None]
-        weights = (torch.arange(width) < filled).to(torch.get_default_dtype())
-        return (*take(self._inputs, self._labels, index), weights)
+            return take(self._inputs, self._labels, torch.stack(rows).to(device))
+        some = int(max(rows, key=len)[0])
+        index = pad_sequence(rows, batch_first=True, padding_value=some)
+        weights = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+        filled = take(self._inputs, self._labels, index.to(device))
+        return (*filled, weights.to(device, torch.get_default_dtype()))
 
 
 def _grouped(numbers: Iterable[int], kind: Callable[[int], Hashable]) -> list[list[int]]:
@@ -365,6 +406,22 @@ def _unstacked(work: Work, size: int) -> list[Work]:
         {g: {n: t[k] for n, t in tensors.items()} for g, tensors in whole.items()}
         for k in range(size)
     ]
+
+
+def _moved(work: Work, device: torch.device) -> Work:
+    return {g: {n: t.to(device) for n, t in tensors.items()} for g, tensors in work.items()}
+
+
+def _filled_up(work: Work, size: int) -> Work:
+    """Return stacked work of full size; what is added repeats the last client's."""
+    missing = size - len(work["metrics"]["count"])
+    return (
+        _joined(
+            [work, *[{g: {n: t[-1:] for n, t in ts.items()} for g, ts in work.items()}] * missing]
+        )
+        if missing
+        else work
+    )
 
 
 def _rows(work: Work, start: int, stop: int) -> Work:

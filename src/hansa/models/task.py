@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -119,11 +119,32 @@ class PureTask(Task):
     Args:
         task: the task.
         unused: parameters that have no part in the loss, whose gradients are None.
+        device: where it is computed.
+        precision: what matrix products and convolutions are computed in.
     """
 
-    def __init__(self, task: Task, unused: frozenset[str]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        unused: frozenset[str] = frozenset(),
+        device: str = "cpu",
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
         vars(self).update(vars(task))
-        self._unused = unused
+        self._unused, self._device, self._low = unused, device, precision == "bfloat16"
+        if device != "cpu":  # frozen parameters are part of the module
+            self.module = copy.deepcopy(task.module).to(device)
+            self.params = {name: p.to(device) for name, p in task.params.items()}
+            self.buffers = {name: b.to(device) for name, b in task.buffers.items()}
+
+    def loss(
+        self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Return what a task's own ``loss`` returns."""
+        if not self._low:
+            return super().loss(params, buffers, batch, training)
+        with torch.autocast(torch.device(self._device).type, torch.bfloat16):
+            return super().loss(params, buffers, batch, training)
 
     def gradients(
         self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True

@@ -108,18 +108,16 @@ class LocalEngine:
         self.participation = participation or Participation()
         self.store: Store = MemoryStore()
         self._leaf = Leaf(method, setup, seed)
-        self._workers: Workers = ThisProcess(Stack(self._leaf))
+        largest = max(client.count("train") for client in clients.values())
+        self._width = min(setup.training.batch_size, largest)
+        self._workers: Workers = ThisProcess(Stack(self._leaf, Plan(), self._width))
         self._threads = 1
         self.rounds_done = 0
         if self.plan.workers > 1:
             check_sendable(self._leaf, self.plan.workers)
 
     def __enter__(self) -> "LocalEngine":
-        stack = Stack(self._leaf)
-        if self.plan.workers > 1:
-            self._workers = Pool(self.plan.workers, stack, self.clients)
-        else:
-            self._workers = ThisProcess(stack)
+        self.use(self.plan)
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
         return self
@@ -132,6 +130,15 @@ class LocalEngine:
     ) -> None:
         self._workers.close()
         torch.set_num_threads(self._threads)
+
+    def use(self, plan: Plan) -> None:
+        """Do the work by another plan from here on."""
+        self._workers.close()
+        self.plan = plan
+        if plan.workers > 1:
+            self._workers = Pool(plan, self._leaf, self._width, self.clients)
+        else:
+            self._workers = ThisProcess(Stack(self._leaf, plan, self._width))
 
     def round(self, number: int, score: bool = True, pairs: bool = False) -> RoundResult:
         """Run one round, counted from 1, and score every leaf after it if asked to.

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from hansa.data.clients import Client
 from hansa.errors import InputError
+from hansa.federation.engines.plan import Plan
 from hansa.federation.leaf import DivergedError, Job, Leaf, Metrics, Scores, Trained
 from hansa.federation.message import Message
 from hansa.federation.stack import Stack
@@ -60,10 +61,11 @@ class ThisProcess:
 class Pool:
     """Does the stacks in other processes. States and messages cross as their encoded bytes."""
 
-    def __init__(self, num: int, stack: Stack, clients: Mapping[str, Client]) -> None:
-        self.ahead = 2 * num
+    def __init__(self, plan: Plan, leaf: Leaf, width: int, clients: Mapping[str, Client]) -> None:
+        self.ahead = 2 * plan.workers
         self._exit = ExitStack()
-        self._executor = self._exit.enter_context(pool(num, _enter, stack, dict(clients)))
+        start = (leaf, plan, width, dict(clients))
+        self._executor = self._exit.enter_context(pool(plan.workers, _enter, *start))
 
     def train(self, jobs: Sequence[Job]) -> Callable[[], list[Trained | DivergedError]]:
         """Start training the leaves; the call waits for them."""
@@ -116,9 +118,9 @@ _here: Stack
 _clients: dict[str, Client]
 
 
-def _enter(stack: Stack, clients: dict[str, Client]) -> None:
+def _enter(leaf: Leaf, plan: Plan, width: int, clients: dict[str, Client]) -> None:
     global _here, _clients
-    _here, _clients = stack, clients
+    _here, _clients = Stack(leaf, plan, width), clients
 
 
 def _jobs(rows: list[_Row], sent: dict[int, bytes]) -> list[Job]:
