@@ -182,17 +182,23 @@ class Stack:
             passes = {k: tuple(method.phases(_whole(works[k]), stage)) for k in live}
             for numbers in _grouped(live, lambda k: (passes[k], _signature(_whole(works[k])))):  # noqa: B023
                 group = [replace(items[k], work=_whole(works[k])) for k in numbers]
-                trained = self._epochs(group, stage, num, passes[numbers[0]])
-                for k, work in zip(numbers, trained, strict=True):
-                    works[k] = _caught(self._after, items[k].node, work, stage)
+                trained, finite = self._epochs(group, stage, num, passes[numbers[0]])
+                for k, work, sound in zip(numbers, trained, finite, strict=True):
+                    works[k] = _caught(self._after, items[k].node, work, stage, sound)
         return works
 
-    def _after(self, node: Node, work: Work, stage: str) -> Work:
-        check_work(node, work)
+    def _after(self, node: Node, work: Work, stage: str, sound: bool) -> Work:
+        if not sound:
+            check_work(node, work)
         return self.leaf.method.after(node, work, stage)
 
-    def _epochs(self, items: list[Item], stage: str, num: int, phases: Sequence[str]) -> list[Work]:
-        """Return the work of items of one kind after the epochs of one stage."""
+    def _epochs(
+        self, items: list[Item], stage: str, num: int, phases: Sequence[str]
+    ) -> tuple[list[Work], list[bool]]:
+        """Return the work of items of one kind after the epochs of one stage.
+
+        With it goes whether it is surely finite.
+        """
         order = sorted(range(len(items)), key=lambda k: -items[k].node.samples)
         sorted_items = [items[k] for k in order]
         pool = Pool([item.client for item in sorted_items], "train", self._on)
@@ -212,8 +218,9 @@ class Stack:
                     ]
                     batches = pool.batches(orders, self.leaf.setup.training.batch_size)
                     work = (self._compiled if compiled else self._pass)(phase, work, batches)
-        rows = _unstacked(_moved(work, torch.device("cpu")), len(items))
-        return [rows[order.index(k)] for k in range(len(items))]
+        rows, finite = _unstacked(_moved(work, torch.device("cpu")), len(items))
+        places = [order.index(k) for k in range(len(items))]
+        return [rows[place] for place in places], [finite[place] for place in places]
 
     def _step(self, phase: str) -> Step:
         method, setup = self.leaf.method, self._setup
@@ -399,13 +406,21 @@ def _stacked(works: Sequence[Work]) -> Work:
     }
 
 
-def _unstacked(work: Work, size: int) -> list[Work]:
+def _unstacked(work: Work, size: int) -> tuple[list[Work], list[bool]]:
+    """Return the work of each client, and whether it is surely finite."""
     # Layouts choose kernels, and those round in their own ways.
     whole = {g: {n: t.contiguous() for n, t in tensors.items()} for g, tensors in work.items()}
-    return [
+    floats = [t for ts in whole.values() for t in ts.values() if t.is_floating_point()]
+    # Sums are quick, and finite only where all they add up is; large numbers may overflow, so
+    # those that are not get a closer look.
+    sums = torch.stack(
+        [t.flatten(1).sum(1).double() if t.dim() > 1 else t.double() for t in floats]
+    )
+    rows = [
         {g: {n: t[k] for n, t in tensors.items()} for g, tensors in whole.items()}
         for k in range(size)
     ]
+    return rows, sums.isfinite().all(0).tolist()[:size]
 
 
 def _moved(work: Work, device: torch.device) -> Work:

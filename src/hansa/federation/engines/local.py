@@ -81,6 +81,7 @@ class _Asked:
     path: str
     round: int
     down: Message
+    size: int
     fate: Fate
     seconds: float
 
@@ -260,7 +261,7 @@ class LocalEngine:
         visits: list[Visit],
     ) -> Iterator[Reply]:
         """Yield the replies of a node's children as they come in, in path order."""
-        asked = (self._asked(parent.round, path, down) for path, down in sent)
+        asked = self._asked(parent.round, sent)
         calls = (self._ask(window, visits) for window in self._windows(asked))
         for call in _ahead(calls, self._windows_ahead):
             for visit, state, reply in call():
@@ -303,12 +304,16 @@ class LocalEngine:
         leaves.sort(key=lambda ask: -self.clients[ask.path].count("train"))
         return [leaves[k : k + self.plan.stack] for k in range(0, len(leaves), self.plan.stack)]
 
-    def _asked(self, number: int, path: str, down: Message) -> _Asked:
-        samples = self.clients[path].count("train") if path in self.clients else 0
-        batches = -(-samples // self.setup.training.batch_size)
-        steps = batches * self.method.passes(self.setup)
-        fate, seconds = self.participation.fate(self.seed, path, number, steps)
-        return _Asked(path, number, down, fate, seconds)
+    def _asked(self, number: int, sent: Iterable[tuple[str, Message]]) -> Iterator[_Asked]:
+        last, size = Message(), 0
+        for path, down in sent:
+            samples = self.clients[path].count("train") if path in self.clients else 0
+            batches = -(-samples // self.setup.training.batch_size)
+            steps = batches * self.method.passes(self.setup)
+            fate, seconds = self.participation.fate(self.seed, path, number, steps)
+            if down is not last:  # many children may be sent one and the same message
+                last, size = down, encoded_size(down)
+            yield _Asked(path, number, down, size, fate, seconds)
 
     def _ask(
         self, window: list[_Asked], visits: list[Visit]
@@ -336,7 +341,7 @@ class LocalEngine:
         Raises:
             DivergedError: the leaf's loss is no number and ``on_failure`` is ``stop``.
         """
-        path, seconds, size = ask.path, ask.seconds, encoded_size(ask.down)
+        path, seconds, size = ask.path, ask.seconds, ask.size
         if ask.fate != "ok":
             return Visit(path, ask.fate, size, seconds=seconds), State(), Message()
         if self.tree.is_leaf(path):
@@ -358,7 +363,7 @@ class LocalEngine:
         """Yield every leaf's scores, in path order; what this sends is not part of the round."""
         children = self.tree.children(node.path)
         sent = self.method.dispatch(node, state, self._children(node.path, children))
-        asked = (_Asked(path, node.round, down, "ok", 0.0) for path, down in sent)
+        asked = (_Asked(path, node.round, down, 0, "ok", 0.0) for path, down in sent)
         calls = (self._ask_scores(node, window) for window in self._windows(asked))
         for call in _ahead(calls, self._windows_ahead):
             yield from call()
