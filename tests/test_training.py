@@ -32,7 +32,7 @@ def outcome(run: hansa.Run) -> tuple[Any, ...]:
     for path in sorted((run.path / "states").rglob("*.msg")):
         states[path.relative_to(run.path)] = path.read_bytes()
     summary = json.loads((run.path / "summary.json").read_text())
-    del summary["run"], summary["seconds"]
+    del summary["run"], summary["seconds"], summary["speed"]
     return tables, states, summary
 
 
@@ -43,6 +43,7 @@ def test_a_run_folder_holds_configuration_tables_states_and_bundle(tmp_path) -> 
         ".lock",
         "config.toml",
         "checkpoint.json",
+        "log.txt",
         "states",
         "scores.parquet",
         "ledger.parquet",

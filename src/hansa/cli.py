@@ -2,12 +2,16 @@
 
 import errno
 import json
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -41,7 +45,7 @@ def train(
     """Train a federation as configured and write its run folder."""
     from hansa.training import train as run_training
 
-    with _progress() as progress:
+    with _progress() as progress, _told(progress):
         run = run_training(
             config, overrides=set_ or (), resume=resume, watch=_watch(progress, "training")
         )
@@ -208,6 +212,19 @@ def _progress(unit: str = "round") -> Progress:
     )
 
 
+@contextmanager
+def _told(progress: Progress) -> Iterator[None]:
+    """Show what Hansa logs above the progress."""
+    level = logging.INFO if progress.console.is_terminal else logging.WARNING
+    handler = RichHandler(level, progress.console, show_time=False, show_path=False)
+    logger = logging.getLogger("hansa")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def _watch(progress: Progress, label: str) -> Any:
     """Return a watch that moves one line of progress."""
     tasks: list[Any] = []
@@ -218,7 +235,11 @@ def _watch(progress: Progress, label: str) -> Any:
         tested = [
             scores["test"]["accuracy"] for scores in result.scores.values() if "test" in scores
         ]
-        note = f"accuracy {sum(a / n for a, n in tested) / len(tested):.3f}" if tested else ""
+        accuracy = f"accuracy {sum(a / n for a, n in tested) / len(tested):.3f}, " if tested else ""
+        speed = (
+            f"{60 / result.seconds:.0f} rounds/min, {result.samples / result.seconds:.0f} samples/s"
+        )
+        note = f"{accuracy}{speed}, {result.engine}"
         progress.update(tasks[0], completed=result.number, note=note)
 
     return watch

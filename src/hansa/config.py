@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hansa.data.federate import DataOptions
 from hansa.data.partition import Partition
 from hansa.errors import InputError
+from hansa.federation.engines.plan import EngineOptions
 from hansa.federation.methods import METHODS, FedAvg, Method
 from hansa.federation.node import Buffers
 from hansa.federation.optimizer import Training
@@ -43,11 +44,9 @@ class TreeOptions(_Section):
     """Inner nodes over which the clients are dealt in turn; 1 is a flat federation."""
 
 
-class EngineOptions(_Section):
-    """How the run is computed. None of this changes a number."""
+class RunEngine(EngineOptions):
+    """How the run is computed, and where states are held meanwhile."""
 
-    workers: int = Field(1, ge=1, le=256, strict=True)
-    """Processes that train clients."""
     state_memory_mb: int = Field(1024, ge=0, strict=True)
     """Memory for the states of clients; what does not fit is read from disk when needed."""
 
@@ -75,7 +74,7 @@ class RunConfig(_Section):
     method: Method = FedAvg()
     participation: Participation = Participation()
     tree: TreeOptions = TreeOptions()
-    engine: EngineOptions = EngineOptions()
+    engine: RunEngine = RunEngine()
 
     @property
     def folder(self) -> Path:

@@ -7,6 +7,8 @@
     whatever a kill leaves behind of a later round is removed on the next start.
 ``states/``
     states of nodes, as encoded messages.
+``log.txt``
+    how the work was done, and why.
 ``parts/``
     tables of single rounds, until the run ends.
 ``scores.parquet``, ``ledger.parquet``, ``pairs.parquet``, ``rounds.parquet``, ``summary.json``,
@@ -17,6 +19,7 @@
 import errno
 import fcntl
 import json
+import logging
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -32,11 +35,12 @@ from hansa import bundle
 from hansa.config import RunConfig, load
 from hansa.errors import InputError
 from hansa.federation.engines.local import RoundResult
+from hansa.federation.engines.plan import Plan
 from hansa.federation.history import SCHEMAS, History, tables_of
 from hansa.federation.store import DiskStore
 from hansa.files import sync_folder, write_atomic
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Run:
@@ -136,7 +140,8 @@ class Run:
             self._write_checkpoint()
             if self.round < config.rounds:  # a summary stands for a finished run
                 (self.path / "summary.json").unlink(missing_ok=True)
-            yield
+            with _logged(self.path / "log.txt"):
+                yield
 
     def store(self) -> DiskStore:
         """Return the states of the run as of its last whole round.
@@ -151,14 +156,21 @@ class Run:
             raise InputError(str(self.path / "states"), f"{held} states", f"all {wanted} of them")
         return self._store
 
-    def record(self, result: RoundResult) -> None:
+    @property
+    def plan(self) -> Plan | None:
+        """How the newest round was done, None before the first."""
+        plan = self.checkpoint.get("plan")
+        return Plan(**plan) if plan else None
+
+    def record(self, result: RoundResult, plan: Plan) -> None:
         """Make one round permanent: tables, then the checkpoint, then the clearing-up."""
         tables = tables_of(result)
         folder = self.path / "parts"
         folder.mkdir(exist_ok=True)
         for name, table in tables.items():
             _write_table(folder / f"{result.number:08d}-{name}.parquet", table)
-        self.checkpoint |= {"round": result.number, "states": self._store.num_states}
+        facts = {"round": result.number, "states": self._store.num_states, "plan": vars(plan)}
+        self.checkpoint |= facts
         self._write_checkpoint()
         self.history.add(tables)
         self._store.prune()
@@ -210,6 +222,22 @@ class Run:
                 {name: _read_table(Path(f"{stem}-{name}.parquet"), name) for name in SCHEMAS}
             )
         return tables
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Append what Hansa logs to a file."""
+    handler, logger = logging.FileHandler(path), logging.getLogger("hansa")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        handler.close()
 
 
 def _read_table(path: Path, name: str) -> pa.Table:

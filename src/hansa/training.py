@@ -12,7 +12,6 @@ from hansa.config import RunConfig, difference, load
 from hansa.data.federate import FederatedData, federate
 from hansa.errors import InputError
 from hansa.federation.engines.local import RoundResult
-from hansa.federation.engines.plan import Plan
 from hansa.federation.federation import Federation
 from hansa.federation.leaf import DivergedError
 from hansa.federation.message import MessageError, Tensors
@@ -21,7 +20,7 @@ from hansa.models import Architecture, build
 from hansa.runs import Run
 
 Watch = Callable[[Run, RoundResult], None]
-CHANGEABLE = ("engine.", "rounds")
+CHANGEABLE = ("engine.workers", "engine.state_memory_mb", "engine.stack_memory_mb", "rounds")
 """What a resumed run may change: none of it alters the rounds already there."""
 
 
@@ -141,7 +140,7 @@ def prepare(config: RunConfig, data: FederatedData | None = None) -> Trial:
         participation=config.participation,
         buffers=config.model.buffers,
         tree=Tree.grouped(data.clients, config.tree.federations),
-        plan=Plan(workers=config.engine.workers),
+        engine=config.engine,
         on_failure=config.on_failure,
         compare_up_to=config.compare_up_to,
     )
@@ -151,8 +150,9 @@ def prepare(config: RunConfig, data: FederatedData | None = None) -> Trial:
 def _rounds(run: Run, federation: Federation, watch: Watch | None) -> None:
     config = run.config
     try:
-        for result in federation.rounds(config.rounds, run.round + 1, config.score_every):
-            run.record(result)
+        rounds = federation.rounds(config.rounds, run.round + 1, config.score_every, run.plan)
+        for result in rounds:
+            run.record(result, federation.plan)
             if watch is not None:
                 watch(run, result)
     except DivergedError as error:

@@ -8,8 +8,9 @@ from torch import nn
 
 from hansa.data.clients import Client
 from hansa.errors import InputError
+from hansa.federation.engines.choice import Chooser
 from hansa.federation.engines.local import LocalEngine, RoundResult
-from hansa.federation.engines.plan import Plan
+from hansa.federation.engines.plan import EngineOptions, Plan
 from hansa.federation.history import History, tables_of
 from hansa.federation.leaf import Newcomer
 from hansa.federation.message import Tensors
@@ -42,7 +43,7 @@ class Federation:
         buffers: ``averaged``: running statistics travel; ``local``: each client keeps its own;
             ``personal``: each of their entries follows the mask of its layer's weight.
         tree: the federation's shape over the clients' names; flat by default.
-        plan: how the work is done.
+        engine: how the work is done; by default as a short trial finds fastest.
         on_failure: whether a client whose loss is no number stops the run or is dropped.
         compare_up_to: most clients that are compared two by two after the last round: every own
             model on every client's test data, every mask with every other.
@@ -64,7 +65,7 @@ class Federation:
         participation: Participation | None = None,
         buffers: Buffers = "averaged",
         tree: Tree | None = None,
-        plan: Plan | None = None,
+        engine: EngineOptions | None = None,
         on_failure: Literal["stop", "drop"] = "stop",
         compare_up_to: int = 25,
     ) -> None:
@@ -87,6 +88,8 @@ class Federation:
         _check_batches(model, clients, self.setup.training.batch_size)
         _check_newcomers(participation or Participation(), self.tree)
         self._compare_up_to = compare_up_to
+        self._options = engine or EngineOptions()
+        self._options.check()
         self._paths = paths | {ROOT: ROOT}
         self._engine = LocalEngine(
             self.tree,
@@ -96,19 +99,35 @@ class Federation:
             seed,
             participation,
             on_failure,
-            plan,
         )
 
-    def rounds(self, last: int, first: int = 1, score_every: int = 1) -> Iterator[RoundResult]:
+    @property
+    def plan(self) -> Plan:
+        """How the work is done at the moment."""
+        return self._engine.plan
+
+    def rounds(
+        self, last: int, first: int = 1, score_every: int = 1, plan: Plan | None = None
+    ) -> Iterator[RoundResult]:
         """Run rounds ``first`` to ``last``, yielding each as it ends.
 
         Every ``score_every``-th round and the last one are scored; 0 scores the last one only.
         After the last one clients are compared two by two, where there are at most
         ``compare_up_to`` of them.
+
+        Args:
+            last: the last round.
+            first: the first one, counted from 1.
+            score_every: rounds between scores.
+            plan: how earlier rounds were done, for these to be done alike.
         """
         few = len(self._paths) - 1 <= self._compare_up_to
         with self._engine as engine:
+            chooser = Chooser(engine, self._options, last + 1 - first)
+            engine.use(chooser.choose() if plan is None else chooser.again(plan))
             for number in range(first, last + 1):
+                if better := chooser.better():
+                    engine.use(better)
                 due = score_every > 0 and number % score_every == 0
                 ends = number == last
                 yield engine.round(number, score=due or ends, pairs=ends and few)

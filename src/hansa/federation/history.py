@@ -47,7 +47,15 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("count", pa.float64()),
         ]
     ),
-    "rounds": pa.schema([("round", pa.int32()), ("seconds", pa.float64())]),
+    # One row per round: wall seconds, samples that clients trained on, and how it was done.
+    "rounds": pa.schema(
+        [
+            ("round", pa.int32()),
+            ("seconds", pa.float64()),
+            ("samples", pa.float64()),
+            ("engine", pa.string()),
+        ]
+    ),
 }
 
 
@@ -69,7 +77,7 @@ def tables_of(result: RoundResult) -> dict[str, pa.Table]:
         "scores": scores,
         "ledger": ledger,
         "pairs": [(result.number, *pair) for pair in result.pairs],
-        "rounds": [(result.number, result.seconds)],
+        "rounds": [(result.number, result.seconds, result.samples, result.engine)],
     }
     return {
         name: pa.Table.from_pylist(
@@ -151,7 +159,7 @@ class History:
         return max(means, key=lambda number: (means[number], -number)) if means else None
 
     def summary(self) -> dict[str, Any]:
-        """Return the run in a few numbers: test scores over clients, bytes, seconds.
+        """Return the run in a few numbers: test scores over clients, bytes, speed.
 
         ``accuracy`` and ``loss`` are those of the last scored round; ``accuracy_chosen`` is that
         of the round with the highest validation accuracy.
@@ -170,7 +178,20 @@ class History:
             "rounds": self.num_rounds,
             "metrics": metrics,
             "bytes": {"up": sum(up for up, _ in totals), "down": sum(down for _, down in totals)},
+            "speed": self._speed(),
             "seconds": round(sum(self.table("rounds")["seconds"].to_pylist()), 3),
+        }
+
+    def _speed(self) -> dict[str, Any]:
+        """Return rounds a minute, samples a second, and how the work was done."""
+        rounds = self.table("rounds").to_pydict()
+        seconds = sum(rounds["seconds"])
+        rate = 1 / seconds if seconds else 0.0
+        return {
+            "rounds_per_minute": round(60 * len(rounds["round"]) * rate, 1),
+            "samples_per_second": round(sum(rounds["samples"]) * rate, 1),
+            # In the order in which the engines were first used.
+            "engine": " then ".join(dict.fromkeys(rounds["engine"])),
         }
 
 

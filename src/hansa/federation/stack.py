@@ -17,7 +17,6 @@ from typing import TypeVar
 
 import torch
 from torch.func import vmap
-from torch.nn.utils.rnn import pad_sequence
 
 from hansa.data.clients import Client, Split, take
 from hansa.federation.compiled import Program, Programs, fill, masked
@@ -132,7 +131,7 @@ class Stack:
         if self._setup is None:
             setup, plan = self.leaf.setup, self.plan
             task, first = setup.task, torch.from_numpy(client.splits["train"][:2])
-            with global_stream(self.leaf.seed, "probe"):
+            with torch.enable_grad(), global_stream(self.leaf.seed, "probe"):
                 batch = take(client.inputs, client.labels, first)
                 gradients, _, _ = task.gradients(task.params, task.buffers, batch)
             unused = frozenset(name for name, gradient in gradients.items() if gradient is None)
@@ -309,6 +308,70 @@ class Stack:
             return self._in_groups(items, lambda item: _signature(item.work), together, alone)
 
 
+def try_out(leaf: Leaf, jobs: Sequence[Job], plan: Plan) -> tuple[bool, str]:
+    """Try a step of some clients both ways, stacked and one by one.
+
+    Args:
+        leaf: what does one leaf.
+        jobs: two clients or more.
+        plan: how stacks are done.
+
+    Returns:
+        Whether batches may be filled up, and why clients cannot be stacked, empty where they can.
+    """
+    failure = ""
+    for pads in (True, False):
+        try:
+            failure = _difference(Stack(leaf, replace(plan, pads=pads), 0), jobs)
+        except Exception as error:  # a user's module may raise anything
+            failure = (str(error).strip() or repr(error)).splitlines()[0]
+            if "randomness" in failure:
+                failure = "the model draws random numbers while it trains"
+        if not failure:
+            return pads, ""
+    return False, failure
+
+
+def _difference(stack: Stack, jobs: Sequence[Job]) -> str:
+    leaf, clients = stack.leaf, [job.client for job in jobs]
+    method, nodes = leaf.method, [leaf.node(job) for job in jobs]
+    states = [method.receive(n, job.state, job.down) for n, job in zip(nodes, jobs, strict=True)]
+    works = [method.begin(n, state) for n, state in zip(nodes, states, strict=True)]
+    most = min(leaf.setup.training.batch_size, *(node.samples for node in nodes))
+    sizes = [max(1, most - (stack.plan.pads and k > 0)) for k in range(len(jobs))]
+    stack.prepare(clients[0])
+    batches = Pool(clients, "train", stack._on).batches(
+        [[torch.arange(size)] for size in sizes], most
+    )
+    batch = next(batches)
+    first = method.stages(nodes[0], works[0], 1)[0][0]
+    for phase in method.phases(works[0], first):
+        with torch.no_grad():
+            together = vmap(stack._step(phase))(_moved(_stacked(works), stack._device), batch)
+        rows, _ = _unstacked(_moved(together, torch.device("cpu")), len(jobs))
+        for k, (client, size) in enumerate(zip(clients, sizes, strict=True)):
+            inputs, labels = client.batch("train")
+            with global_stream(leaf.seed, "probe"):
+                alone = method.step(leaf.setup, works[k], (inputs[:size], labels[:size]), phase)
+            if _is_off(works[k], alone, rows[k], 0.1 if stack.plan.is_rough else 1e-3):
+                return "its stacked step gives other numbers"
+    return ""
+
+
+def _is_off(before: Work, alone: Work, together: Work, share: float) -> bool:
+    """Tell whether two steps differ by more than a share of what they change."""
+    for group, tensors in alone.items():
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                continue
+            start = before.get(group, {}).get(name, torch.zeros_like(tensor))
+            change = (tensor - start).abs().max() if tensor.numel() else 0.0
+            noise = 1e-6 * tensor.abs().max() if tensor.numel() else 0.0
+            if ((together[group][name] - tensor).abs() > share * change + noise + 1e-12).any():
+                return True
+    return False
+
+
 class Pool:
     """The data of some clients, from which stacked batches are taken.
 
@@ -347,18 +410,18 @@ class Pool:
     def all(self, size: int) -> Iterator[Batch]:
         """Yield all samples of every client as stacked batches; what is filled up weighs zero."""
         chunks = [list(rows.split(size)) for rows in self._index]
-        nothing = torch.zeros(0, dtype=torch.int64)
         for number in range(max(len(row) for row in chunks)):
-            yield self._batch([row[number] if number < len(row) else nothing for row in chunks])
+            yield self._batch([row[number] if number < len(row) else row[0][:0] for row in chunks])
 
     def _batch(self, rows: list[torch.Tensor]) -> Batch:
         width = max(len(row) for row in rows)
         device = self._labels.device
         if all(len(row) == width for row in rows):
             return take(self._inputs, self._labels, torch.stack(rows).to(device))
-        some = int(max(rows, key=len)[0])
-        index = pad_sequence(rows, batch_first=True, padding_value=some)
+        # A client's own sample fills its batch up: another's may be no number.
+        index = torch.stack([own[:1].expand(width) for own in self._index[: len(rows)]])
         weights = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+        index[weights] = torch.cat(rows)
         filled = take(self._inputs, self._labels, index.to(device))
         return (*filled, weights.to(device, torch.get_default_dtype()))
 

@@ -110,6 +110,9 @@ def _results(runs: dict[str, Run]) -> dict[str, Any]:
                 size(summary["bytes"]["up"]),
                 size(summary["bytes"]["down"]),
                 f"{summary['seconds']:.1f}",
+                f"{summary['speed']['rounds_per_minute']:.0f}",
+                f"{summary['speed']['samples_per_second']:.0f}",
+                summary["speed"]["engine"],
             ]
         )
     return {
@@ -123,12 +126,16 @@ def _results(runs: dict[str, Run]) -> dict[str, Any]:
             "up",
             "down",
             "seconds",
+            "rounds/min",
+            "samples/s",
+            "engine",
         ],
         "rows": rows,
         "folded": False,
         "note": "Test accuracy over clients after the last round: mean, standard deviation, mean "
         "of the worst tenth. The chosen round is the one of highest validation accuracy. Bytes "
-        "are those of all messages as encoded, over all rounds.",
+        "are those of all messages as encoded, over all rounds. Seconds are those of the rounds, "
+        "scoring included; samples are those that clients trained on.",
     }
 
 

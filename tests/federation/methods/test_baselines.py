@@ -345,7 +345,7 @@ def test_lotteryfl_starts_again_from_initial_values_after_pruning() -> None:
     federation = engine(LotteryFL(rate=0.5, target=0.9, accuracy=0.0))
     run(federation, 1)
     method, path = federation.method, "root/c0"
-    node = federation._leaf.node(Job(path, 2, clients()["c0"], State(), Message()))
+    node = federation.leaf.node(Job(path, 2, clients()["c0"], State(), Message()))
     ((_, down),) = method.dispatch(
         federation._node(ROOT, 2), federation.state(), federation._children(ROOT, [path])
     )

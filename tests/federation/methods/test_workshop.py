@@ -191,7 +191,7 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
 def test_adam_starts_afresh_after_every_rewind() -> None:
     federation = engine(workshop(), training=Training(optimizer="adam", lr=0.01, batch_size=3))
     method, setup = federation.method, federation.setup
-    node = federation._leaf.node(Job("root/c0", 1, clients()["c0"], State(), Message()))
+    node = federation.leaf.node(Job("root/c0", 1, clients()["c0"], State(), Message()))
     ((_, down),) = method.dispatch(
         node, federation.state(), federation._children(ROOT, ["root/c0"])
     )

@@ -65,6 +65,7 @@ class RoundResult:
     root's ``state``. ``pairs`` compares clients (first, second, metric, sum, count): ``accuracy``
     of the first one's model on the second one's test data, and over the union of two clients'
     masks what is in both, ``iou`` for the whole model and ``iou:NAME`` for one parameter.
+    ``engine`` says how the work was done.
     """
 
     number: int
@@ -72,6 +73,12 @@ class RoundResult:
     scores: Mapping[str, Mapping[str, Metrics]]
     seconds: float
     pairs: tuple[tuple[str, str, str, float, float], ...] = ()
+    engine: str = ""
+
+    @property
+    def samples(self) -> float:
+        """Samples that clients trained on, counted once for every step they were part of."""
+        return sum(visit.metrics.get("loss", (0.0, 0.0))[1] for visit in self.visits)
 
 
 @dataclass(frozen=True)
@@ -108,14 +115,15 @@ class LocalEngine:
         self.seed, self.on_failure, self.plan = seed, on_failure, plan or Plan()
         self.participation = participation or Participation()
         self.store: Store = MemoryStore()
-        self._leaf = Leaf(method, setup, seed)
+        self.leaf = Leaf(method, setup, seed)
         largest = max(client.count("train") for client in clients.values())
         self._width = min(setup.training.batch_size, largest)
-        self._workers: Workers = ThisProcess(Stack(self._leaf, Plan(), self._width))
+        self.stack = Stack(self.leaf, Plan(), self._width)
+        self._workers: Workers = ThisProcess(self.stack)
         self._threads = 1
         self.rounds_done = 0
         if self.plan.workers > 1:
-            check_sendable(self._leaf, self.plan.workers)
+            check_sendable(self.leaf, self.plan.workers)
 
     def __enter__(self) -> "LocalEngine":
         self.use(self.plan)
@@ -137,9 +145,10 @@ class LocalEngine:
         self._workers.close()
         self.plan = plan
         if plan.workers > 1:
-            self._workers = Pool(plan, self._leaf, self._width, self.clients)
+            self._workers = Pool(plan, self.leaf, self._width, self.clients)
         else:
-            self._workers = ThisProcess(Stack(self._leaf, plan, self._width))
+            self.stack = Stack(self.leaf, plan, self._width)
+            self._workers = ThisProcess(self.stack)
 
     def round(self, number: int, score: bool = True, pairs: bool = False) -> RoundResult:
         """Run one round, counted from 1, and score every leaf after it if asked to.
@@ -163,7 +172,14 @@ class LocalEngine:
         compared = tuple(self._pairs()) if pairs else ()
         self.store.commit(number)
         visits.sort(key=lambda visit: visit.path)
-        return RoundResult(number, tuple(visits), scores, perf_counter() - start, compared)
+        seconds = perf_counter() - start
+        return RoundResult(number, tuple(visits), scores, seconds, compared, str(self.plan))
+
+    def jobs(self, number: int) -> list[Job]:
+        """Return what the root's children would start a round from, all of them leaves."""
+        children = self._children(ROOT, self.tree.children(ROOT))
+        sent = self.method.dispatch(self._node(ROOT, number), self.state(), children)
+        return [self._job(path, number, down) for path, down in sent]
 
     def state(self, path: str = ROOT) -> State:
         """Return a node's state as of now, empty at a node that has not taken part yet."""
@@ -185,7 +201,7 @@ class LocalEngine:
         root = self._node(ROOT, self.rounds_done)
         path = f"{ROOT}/{name}"
         ((_, down),) = self.method.dispatch(root, self.state(), [Child(path, State())])
-        return self._leaf.onboard(Job(path, self.rounds_done + 1, client, State(), down), epochs)
+        return self.leaf.onboard(Job(path, self.rounds_done + 1, client, State(), down), epochs)
 
     def _pairs(self) -> Iterator[tuple[str, str, str, float, float]]:
         """Yield how clients' own models and masks compare, two by two."""
@@ -197,7 +213,7 @@ class LocalEngine:
             for second in self.tree.leaves():
                 client = self.clients[second]
                 if client.count("test"):
-                    yield first, second, "accuracy", *self._leaf.cross(client, *held)
+                    yield first, second, "accuracy", *self.leaf.cross(client, *held)
             masks[first] = self.masks_of(first)
         for first, second in combinations(masks, 2):
             both, either = 0.0, 0.0
@@ -210,7 +226,7 @@ class LocalEngine:
                 yield first, second, "iou", both, either
 
     def _model(self, path: str) -> tuple[Tensors, Tensors]:
-        return self._leaf.model(self._job(path, self.rounds_done, self._sent(path)))
+        return self.leaf.model(self._job(path, self.rounds_done, self._sent(path)))
 
     def _held(self, path: str) -> State:
         """Return a leaf's own state; elsewhere, or where it has none, what it would receive."""

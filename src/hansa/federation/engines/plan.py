@@ -19,8 +19,8 @@ class EngineOptions(BaseModel):
     kind: Literal["auto", "sequential", "stacked", "compiled"] = "auto"
     """Clients one by one, several at once, several at once by a compiled step, or what a short
     trial finds fastest."""
-    workers: Literal["auto"] | int = Field("auto", ge=1, le=256)
-    """Processes that train clients; ``auto`` starts one per core where the run is long enough."""
+    workers: int = Field(0, ge=0, le=256, strict=True)
+    """Processes that train clients; 0 starts one per core where the run is long enough."""
     stack: int | None = Field(None, ge=2, le=4096, strict=True)
     """Clients per stack; found by a trial where it is not set."""
     stack_memory_mb: int = Field(4096, ge=64, strict=True)
@@ -73,6 +73,11 @@ class Plan:
     wait: bool = True
     device: str = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether its products are computed in fewer digits than one client's alone."""
+        return self.precision != "float32" or self.device != "cpu"
 
     def __str__(self) -> str:
         stack = f" in stacks of {self.stack}" if self.stack > 1 else ""

@@ -1,0 +1,278 @@
+"""Which plan is fastest for a federation: found by a short timed trial, and remembered.
+
+A trial runs two rounds of a small federation, made of the first clients with a few batches each,
+by every plan that comes into question. What it finds is kept in the user's cache by method, model,
+batch and machine. A compiled step is made in the background; once it is there a trial tells whether
+the run changes over to it.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hansa.data.clients import Client
+from hansa.errors import InputError
+from hansa.federation.compiled import Programs, has_compiler
+from hansa.federation.engines.local import LocalEngine
+from hansa.federation.engines.plan import EngineOptions, Plan
+from hansa.federation.engines.workers import check_sendable
+from hansa.federation.stack import try_out
+from hansa.federation.tree import Tree, name_of
+from hansa.files import cache_folder, write_atomic
+
+SHORT = 500
+"""Local steps of a run below which clients are trained one by one without any trial."""
+STACKS = (2, 5, 10, 20, 50, 100)
+WORTH_TRYING = 5.0
+"""Seconds of training from which on other plans are tried."""
+TRIED = 4
+"""Batches of a client in a trial."""
+WORTH_WORKERS = 60.0
+"""Seconds of training from which on other processes are worth their start."""
+WORTH_COMPILING = 60.0
+"""Seconds of training from which on a compiled step is worth making."""
+POLL = 2.0
+"""Seconds between looks whether a compiled step is there."""
+
+_log = logging.getLogger("hansa.engine")
+
+
+class Chooser:
+    """Chooses plans for one engine.
+
+    Args:
+        engine: the engine, before its first round.
+        options: what the user asked for.
+        rounds: rounds that lie ahead.
+    """
+
+    def __init__(self, engine: LocalEngine, options: EngineOptions, rounds: int) -> None:
+        self._engine, self._options, self._rounds = engine, options, rounds
+        self._clients = engine.clients
+        leaves = list(engine.tree.leaves())
+        self._cohort = max(1, round(len(leaves) * engine.participation.fraction))
+        self._first = leaves[: min(len(leaves), max(STACKS))]
+        self._compiling: tuple[LocalEngine, Programs] | None = None
+        self._best = float("inf")
+        self._looked = 0.0
+        self.plan = Plan()
+
+    def choose(self) -> Plan:
+        """Return the plan to begin with, and say why."""
+        options = self._options
+        if options.kind == "auto" and self._steps() < SHORT:
+            return self._say(Plan(workers=self._workers(0.0)), "a short run")
+        if options.kind == "sequential":
+            seconds = 0.0 if options.workers else self._time(Plan()) * self._steps()
+            return self._say(Plan(workers=self._workers(seconds)), "as configured")
+        plan, failure = self._fitting()
+        if failure:
+            return self._say(replace(Plan(), workers=self._workers(0.0)), failure)
+        known = self._recall()
+        if options.stack is None and known is None:
+            plan, why = self._measured(plan)
+        else:
+            size = options.stack or int(str(known["stack"] if known else 1))
+            plan, why = self._sized(plan, size), "as configured" if options.stack else "as before"
+            self._best = float(str(known["seconds"])) if known else self._time(plan)
+        plan = replace(plan, workers=self._workers(self._best * self._steps()))
+        if options.kind == "compiled" and plan.stack == 1:
+            plan = self._sized(plan, min(5, len(self._first)))
+        if options.kind == "compiled":
+            plan = replace(plan, kind="compiled")
+        self._remember(plan)
+        return self._say(plan, why)
+
+    def again(self, plan: Plan) -> Plan:
+        """Return a plan that was chosen before, with the processes that are asked for now."""
+        self._options = self._options.model_copy(update={"kind": plan.kind})
+        workers = self._options.workers or plan.workers
+        return self._say(replace(plan, workers=workers), "as the run began")
+
+    def better(self) -> Plan | None:
+        """Return a compiled plan once there is one that is faster, between two rounds."""
+        if self._options.kind != "auto" or not has_compiler() or self.plan.device != "cpu":
+            return None
+        if self._compiling is None:
+            if self.plan.stack == 1 or self._best * self._steps() < WORTH_COMPILING:
+                return None
+            self._begin_compiling()
+        assert self._compiling is not None  # noqa: S101
+        engine, programs = self._compiling
+        if time.monotonic() - self._looked < POLL or not programs.arrived():
+            return None
+        self._looked = time.monotonic()
+        seconds = _timed(engine)
+        if programs.pending:
+            return None  # one step led to another
+        self._options = self._options.model_copy(update={"kind": "stacked"})  # this was all
+        if seconds > 0.95 * self._best:
+            _log.info("the compiled step is no faster")
+            return None
+        why = f"{self._best / seconds:.1f} times as fast as {self.plan}"
+        self._best = seconds
+        return self._say(replace(engine.plan, wait=True, workers=self.plan.workers), why)
+
+    def _begin_compiling(self) -> None:
+        # Activations of few clients fit a core's cache, and a compiled step has little overhead.
+        size = min(self.plan.stack, 5)
+        plan = replace(self.plan, kind="compiled", stack=size, workers=1, wait=False)
+        engine = self._small(plan, size)
+        _timed(engine)
+        programs = engine.stack.programs
+        assert programs is not None  # noqa: S101
+        self._compiling = engine, programs
+
+    def _say(self, plan: Plan, why: str) -> Plan:
+        self.plan = plan
+        _log.info("engine: %s (%s)", plan, why)
+        return plan
+
+    def _steps(self) -> float:
+        """Return the local steps that lie ahead."""
+        engine = self._engine
+        size = engine.setup.training.batch_size
+        few = [self._clients[path] for path in self._first]
+        batches = sum(-(-client.count("train") // size) for client in few) / len(few)
+        return self._rounds * self._cohort * batches * engine.method.passes(engine.setup)
+
+    def _workers(self, seconds: float) -> int:
+        """Return the number of processes for so many seconds of training."""
+        if self._options.workers:
+            return self._options.workers
+        if seconds < WORTH_WORKERS or multiprocessing.parent_process() is not None:
+            return 1
+        num = min(len(os.sched_getaffinity(0)), self._cohort)
+        try:
+            check_sendable(self._engine.leaf, num)
+        except InputError:
+            return 1
+        return num
+
+    def _fitting(self) -> tuple[Plan, str]:
+        """Return a plan that says whether batches may be filled up, or why there is none."""
+        options = self._options
+        plan = Plan("stacked", 2, device=options.device, precision=options.precision)
+        small = self._small(plan, 2)
+        pads, failure = try_out(small.leaf, small.jobs(1), plan)
+        return replace(plan, pads=pads), failure
+
+    def _measured(self, plan: Plan) -> tuple[Plan, str]:
+        """Return the fastest plan by a trial of growing stacks, and what it showed."""
+        found: dict[int, float] = {}
+        on_cpu = plan.device == "cpu"
+        if on_cpu and self._options.kind == "auto":
+            found[1] = self._time(Plan())
+            if found[1] * self._steps() < WORTH_TRYING:
+                self._best = found[1]
+                return Plan(), f"about {found[1] * self._steps():.1f} seconds of training"
+        processes = self._workers(found.get(1, 0.0) * self._steps())
+        most = max(2, min(len(self._first), -(-self._cohort // processes)))
+        sizes = sorted({min(size, most) for size in STACKS})
+        limit = self._options.stack_memory_mb * 2**20 / processes
+        before, start = _peak(plan.device), time.monotonic()
+        budget = max(2.0, 0.03 * found.get(1, 0.0) * self._steps())
+        for size in sizes:
+            found[size] = self._time(self._sized(plan, size))
+            # A stack of two bears the overhead of many, so that it says little about larger ones.
+            worse = size >= 10 and found[size] > 1.3 * min(found.values())
+            if worse or 3 * (_peak(plan.device) - before) > limit:
+                break
+            if time.monotonic() - start > budget:
+                break
+        best = min(found, key=lambda size: found[size])
+        self._best = found[best]
+        told = ", ".join(f"{size}: {1e3 * found[size]:.2f}" for size in found)
+        return self._sized(plan, best), f"trial, ms per step and client by size of stack: {told}"
+
+    def _sized(self, plan: Plan, size: int) -> Plan:
+        if size == 1 and self._options.kind == "auto" and plan.device == "cpu":
+            return Plan()
+        return replace(plan, stack=max(2, size))
+
+    def _time(self, plan: Plan) -> float:
+        """Return the seconds per local step of one client, by a plan."""
+        return _timed(self._small(plan, plan.stack if plan.stack > 1 else 2))
+
+    def _small(self, plan: Plan, num: int) -> LocalEngine:
+        """Return an engine over the first clients, with a few batches each."""
+        engine = self._engine
+        training = engine.setup.training.model_copy(update={"epochs": 1})
+        clients = {}
+        for k in range(num):  # as many as asked for, even where there are fewer
+            client = self._clients[self._first[k % len(self._first)]]
+            most = {s: index[: TRIED * training.batch_size] for s, index in client.splits.items()}
+            clients[f"c{k:03}"] = Client(client.inputs, client.labels, most)
+        tree = Tree.flat(clients)
+        small = LocalEngine(
+            tree,
+            {path: clients[name_of(path)] for path in tree.leaves()},
+            engine.method,
+            replace(engine.setup, training=training),
+            engine.seed,
+            on_failure="drop",
+            plan=replace(plan, workers=1),
+        )
+        small.use(small.plan)
+        return small
+
+    def _recall(self) -> Mapping[str, object] | None:
+        if self._options.kind != "auto":
+            return None
+        try:
+            known = json.loads(self._place().read_text())
+            return known if known.keys() == {"stack", "seconds"} else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def _remember(self, plan: Plan) -> None:
+        if self._options.kind == "auto" and self._options.stack is None:
+            about = {"stack": plan.stack, "seconds": self._best}
+            write_atomic(self._place(), json.dumps(about) + "\n")
+
+    def _place(self) -> Path:
+        engine, options = self._engine, self._options
+        setup = engine.setup
+        about = (
+            engine.method.model_dump_json(),
+            engine.method.name,
+            repr(setup.task.module),
+            [(n, tuple(p.shape), str(p.dtype)) for n, p in setup.task.params.items()],
+            setup.training.model_dump_json(exclude={"epochs", "lr"}),
+            tuple(self._clients[self._first[0]].inputs.shape[1:]),
+            self._cohort,
+            options.model_dump_json(exclude={"kind"}),
+            (torch.__version__, platform.machine(), platform.node(), os.cpu_count()),
+        )
+        name = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
+        return cache_folder("choices") / f"{name}.json"
+
+
+def _timed(engine: LocalEngine) -> float:
+    """Return the seconds per local step of one client, after a round that warms up."""
+    size, passes = engine.setup.training.batch_size, engine.method.passes(engine.setup)
+    counts = [client.count("train") for client in engine.clients.values()]
+    steps = passes * sum(-(-count // size) for count in counts)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        engine.round(engine.rounds_done + 1, score=False)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:]) / steps
+
+
+def _peak(device: str) -> int:
+    """Return the most bytes that were held so far."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
