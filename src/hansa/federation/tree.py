@@ -34,10 +34,10 @@ class Tree:
             if parent != ROOT and parent not in parents:
                 raise InputError(f"tree.{name}", f"the parent {parent!r}", "'root' or a named node")
         paths = {name: _path(name, parents) for name in parents}
-        self._children: dict[str, tuple[str, ...]] = {}
+        below: dict[str, list[str]] = {}
         for name, path in sorted(paths.items(), key=lambda item: item[1]):
-            above = paths.get(parents[name], ROOT)
-            self._children[above] = (*self._children.get(above, ()), path)
+            below.setdefault(paths.get(parents[name], ROOT), []).append(path)
+        self._children = {path: tuple(children) for path, children in below.items()}
 
     @classmethod
     def flat(cls, names: Iterable[str]) -> "Tree":

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -65,6 +66,7 @@ class Chooser:
         self._compiling: tuple[LocalEngine, Programs] | None = None
         self._best = float("inf")
         self._looked = 0.0
+        self._stackable: Plan | None = None
         self.plan = Plan()
 
     def choose(self) -> Plan:
@@ -77,7 +79,8 @@ class Chooser:
             return self._say(Plan(workers=self._workers(seconds)), "as configured")
         plan, failure = self._fitting()
         if failure:
-            return self._say(replace(Plan(), workers=self._workers(0.0)), failure)
+            return self._say(Plan(workers=self._workers(0.0)), f"no stacks: {failure}")
+        self._stackable = plan
         known = self._recall()
         if options.stack is None and known is None:
             plan, why = self._measured(plan)
@@ -101,13 +104,12 @@ class Chooser:
 
     def better(self) -> Plan | None:
         """Return a compiled plan once there is one that is faster, between two rounds."""
-        if self._options.kind != "auto" or not has_compiler() or self.plan.device != "cpu":
+        if self._options.kind != "auto" or self._stackable is None or not has_compiler():
+            return None
+        if self._best * self._steps() < WORTH_COMPILING or self.plan.device != "cpu":
             return None
         if self._compiling is None:
-            if self.plan.stack == 1 or self._best * self._steps() < WORTH_COMPILING:
-                return None
-            self._begin_compiling()
-        assert self._compiling is not None  # noqa: S101
+            self._compiling = self._begin_compiling(self._stackable)
         engine, programs = self._compiling
         if time.monotonic() - self._looked < POLL or not programs.arrived():
             return None
@@ -123,15 +125,17 @@ class Chooser:
         self._best = seconds
         return self._say(replace(engine.plan, wait=True, workers=self.plan.workers), why)
 
-    def _begin_compiling(self) -> None:
+    def _begin_compiling(self, plan: Plan) -> tuple[LocalEngine, Programs]:
         # Activations of few clients fit a core's cache, and a compiled step has little overhead.
-        size = min(self.plan.stack, 5)
-        plan = replace(self.plan, kind="compiled", stack=size, workers=1, wait=False)
-        engine = self._small(plan, size)
+        size = self._options.stack or min(5, self._most(self.plan.workers))
+        engine = self._small(replace(plan, kind="compiled", stack=size, wait=False), size)
         _timed(engine)
-        programs = engine.stack.programs
-        assert programs is not None  # noqa: S101
-        self._compiling = engine, programs
+        assert engine.stack.programs is not None  # noqa: S101
+        return engine, engine.stack.programs
+
+    def _most(self, processes: int) -> int:
+        """Return the most clients per stack that leave every process something to do."""
+        return max(2, min(len(self._first), -(-self._cohort // processes)))
 
     def _say(self, plan: Plan, why: str) -> Plan:
         self.plan = plan
@@ -150,7 +154,7 @@ class Chooser:
         """Return the number of processes for so many seconds of training."""
         if self._options.workers:
             return self._options.workers
-        if seconds < WORTH_WORKERS or multiprocessing.parent_process() is not None:
+        if seconds < WORTH_WORKERS or not _may_start_processes():
             return 1
         num = min(len(os.sched_getaffinity(0)), self._cohort)
         try:
@@ -177,8 +181,7 @@ class Chooser:
                 self._best = found[1]
                 return Plan(), f"about {found[1] * self._steps():.1f} seconds of training"
         processes = self._workers(found.get(1, 0.0) * self._steps())
-        most = max(2, min(len(self._first), -(-self._cohort // processes)))
-        sizes = sorted({min(size, most) for size in STACKS})
+        sizes = sorted({min(size, self._most(processes)) for size in STACKS})
         limit = self._options.stack_memory_mb * 2**20 / processes
         before, start = _peak(plan.device), time.monotonic()
         budget = max(2.0, 0.03 * found.get(1, 0.0) * self._steps())
@@ -269,6 +272,20 @@ def _timed(engine: LocalEngine) -> float:
         engine.round(engine.rounds_done + 1, score=False)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:]) / steps
+
+
+def _may_start_processes() -> bool:
+    """Tell whether processes can be started without being asked for.
+
+    They run the main script again, which must be guarded against starting all over.
+    """
+    if multiprocessing.parent_process() is not None:
+        return False
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    try:
+        return script is None or "__main__" in Path(script).read_text()
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _peak(device: str) -> int:

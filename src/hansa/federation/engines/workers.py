@@ -6,13 +6,15 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Any, Protocol
 
+import numpy as np
+import torch
+
 from hansa.data.clients import Client
 from hansa.errors import InputError
 from hansa.federation.engines.plan import Plan
 from hansa.federation.leaf import DivergedError, Job, Leaf, Metrics, Scores, Trained
 from hansa.federation.message import Message
 from hansa.federation.stack import Stack
-from hansa.federation.wire import decode, encode
 from hansa.processes import pool
 
 
@@ -59,7 +61,7 @@ class ThisProcess:
 
 
 class Pool:
-    """Does the stacks in other processes. States and messages cross as their encoded bytes."""
+    """Does the stacks in other processes."""
 
     def __init__(self, plan: Plan, leaf: Leaf, width: int, clients: Mapping[str, Client]) -> None:
         self.ahead = 2 * plan.workers
@@ -75,7 +77,7 @@ class Pool:
             return [
                 done
                 if isinstance(done, DivergedError)
-                else (decode(done[0]), decode(done[1]), done[2])
+                else (_unpacked(done[0]), _unpacked(done[1]), done[2])
                 for done in future.result()
             ]
 
@@ -92,8 +94,8 @@ class Pool:
     def _submit(self, call: Callable[..., Any], jobs: Sequence[Job]) -> Future[Any]:
         # A message that many children are sent crosses once.
         downs = {id(job.down): job.down for job in jobs}
-        sent = {key: encode(down) for key, down in downs.items()}
-        rows = [(job.path, job.round, encode(job.state), id(job.down)) for job in jobs]
+        sent = {key: _packed(down) for key, down in downs.items()}
+        rows = [(job.path, job.round, _packed(job.state), id(job.down)) for job in jobs]
         return self._executor.submit(call, rows, sent)
 
 
@@ -113,9 +115,41 @@ def check_sendable(leaf: Leaf, num: int) -> None:
         ) from error
 
 
-_Row = tuple[str, int, bytes, int]
+# Within one machine messages need neither checks nor small size: they cross as plain bytes.
+_Tensor = tuple[bytes, torch.dtype, torch.Size]
+_Packed = tuple[dict[str, dict[str, _Tensor]], dict[str, Any], dict[str, tuple[float, float]]]
+_Row = tuple[str, int, _Packed, int]
 _here: Stack
 _clients: dict[str, Client]
+
+
+def _packed(message: Message) -> _Packed:
+    groups = {
+        group: {
+            name: (t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), t.dtype, t.shape)
+            for name, t in tensors.items()
+        }
+        for group, tensors in message.groups.items()
+    }
+    return groups, dict(message.scalars), dict(message.metrics)
+
+
+def _unpacked(packed: _Packed) -> Message:
+    groups, scalars, metrics = packed
+    return Message(
+        {g: {n: _tensor(*held) for n, held in ts.items()} for g, ts in groups.items()},
+        scalars,
+        metrics,
+    )
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    # A tensor of its own is aligned as PyTorch aligns them; vector kernels may depend on that.
+    tensor = torch.empty(shape, dtype=dtype)
+    if data:
+        flat = tensor.view(-1).view(torch.uint8).numpy()
+        flat[:] = np.frombuffer(data, dtype=np.uint8)
+    return tensor
 
 
 def _enter(leaf: Leaf, plan: Plan, width: int, clients: dict[str, Client]) -> None:
@@ -123,22 +157,22 @@ def _enter(leaf: Leaf, plan: Plan, width: int, clients: dict[str, Client]) -> No
     _here, _clients = Stack(leaf, plan, width), clients
 
 
-def _jobs(rows: list[_Row], sent: dict[int, bytes]) -> list[Job]:
-    downs: dict[int, Message] = {key: decode(data) for key, data in sent.items()}
+def _jobs(rows: list[_Row], sent: dict[int, _Packed]) -> list[Job]:
+    downs = {key: _unpacked(packed) for key, packed in sent.items()}
     return [
-        Job(path, number, _clients[path], decode(state), downs[key])
+        Job(path, number, _clients[path], _unpacked(state), downs[key])
         for path, number, state, key in rows
     ]
 
 
 def _train(
-    rows: list[_Row], sent: dict[int, bytes]
-) -> list[tuple[bytes, bytes, Metrics] | DivergedError]:
+    rows: list[_Row], sent: dict[int, _Packed]
+) -> list[tuple[_Packed, _Packed, Metrics] | DivergedError]:
     return [
-        done if isinstance(done, DivergedError) else (encode(done[0]), encode(done[1]), done[2])
+        done if isinstance(done, DivergedError) else (_packed(done[0]), _packed(done[1]), done[2])
         for done in _here.train(_jobs(rows, sent))
     ]
 
 
-def _score(rows: list[_Row], sent: dict[int, bytes]) -> list[Scores | DivergedError]:
+def _score(rows: list[_Row], sent: dict[int, _Packed]) -> list[Scores | DivergedError]:
     return _here.score(_jobs(rows, sent))
