@@ -31,7 +31,8 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/personalisation.py --quick
-	$(BIN)/python benchmarks/engine.py --quick
+	$(BIN)/python benchmarks/simulation.py --quick
+	$(BIN)/python benchmarks/scaling.py --quick
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -169,6 +169,14 @@ CASES = {
         ["ok.toml", "--set", "training={lr=1e30, epochs=2}"],
         "training.lr: found 1e+30, with which the loss is nan in round 1 at client-0",
     ),
+    "unknown engine": (
+        ["ok.toml", "--set", "engine.kind=fast"],
+        "engine.kind: found 'fast'; allowed: 'auto', 'sequential', 'stacked' or 'compiled'",
+    ),
+    "device that is not there": (
+        ["ok.toml", "--set", "engine.device=cuda:99"],
+        "engine.device: found 'cuda:99', where PyTorch sees",
+    ),
     "unknown model": (["ok.toml", "--set", "model.name=vgg"], "model.name: found 'vgg'"),
     "option of another model": (
         ["ok.toml", "--set", "model.options.depth=3"],

@@ -129,6 +129,25 @@ def test_a_run_resumes_with_other_workers_and_not_with_another_rate(tmp_path) ->
     hansa.train(resume=run.path, overrides=["engine.workers=2", "rounds=3"])
 
 
+def test_a_run_says_how_its_work_was_done_and_goes_on_alike(tmp_path) -> None:
+    stacked = config(tmp_path, rounds=2, engine={"kind": "stacked", "stack": 3})
+    run = hansa.train(stacked)
+    assert run.history.table("rounds")["engine"].to_pylist() == ["stacked in stacks of 3"] * 2
+    assert all(samples > 0 for samples in run.history.table("rounds")["samples"].to_pylist())
+    speed = json.loads((run.path / "summary.json").read_text())["speed"]
+    assert speed["engine"] == "stacked in stacks of 3"
+    assert speed["rounds_per_minute"] > 0
+    assert speed["samples_per_second"] > 0
+    assert "engine: stacked in stacks of 3 (as configured)" in (run.path / "log.txt").read_text()
+    for wrong in ("engine.kind=sequential", "engine.stack=4"):
+        with pytest.raises(hansa.InputError, match=r"engine\.(kind|stack): found another value"):
+            hansa.train(resume=run.path, overrides=[wrong, "rounds=4"])
+    longer = hansa.train(resume=run.path, overrides=["rounds=4"])
+    whole = hansa.train({**stacked, "rounds": 4, "output": str(tmp_path / "whole")})
+    assert outcome(longer) == outcome(whole)
+    assert "(as the run began)" in (run.path / "log.txt").read_text()
+
+
 def test_a_run_does_not_resume_on_other_data(tmp_path) -> None:
     run = hansa.train(config(tmp_path))
     checkpoint = json.loads((run.path / "checkpoint.json").read_text())
@@ -259,12 +278,15 @@ def _killed(path: Path, folder: Path, last: int, delay: float) -> int:
     return int(json.loads((folder / "checkpoint.json").read_text())["round"])
 
 
-@pytest.mark.parametrize("draw", [0, 1, 2])
-@pytest.mark.parametrize("workers", [1])
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, draw: int, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("draw", "engine"),
+    [(0, {"kind": "sequential"}), (1, {"kind": "stacked", "stack": 2}), (2, {"kind": "auto"})],
+)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, draw: int, engine: dict[str, Any]) -> None:
     rng = random.Random(draw)  # noqa: S311
     rounds = 12
-    plan = config(tmp_path, rounds=rounds, training={"lr": 0.1, "batch_size": 3, "epochs": 40})
+    training = {"lr": 0.1, "batch_size": 3, "epochs": 40}
+    plan = config(tmp_path, rounds=rounds, training=training, engine=engine)
     whole = hansa.train({**plan, "output": str(tmp_path / "whole")})
     path = tmp_path / "plan.toml"
     path.write_text(load(plan).as_toml())

@@ -35,6 +35,8 @@ MAX_CONSTANTS = 1 << 26
 """Bytes of constants (frozen weights) that a program may hold."""
 
 _log = logging.getLogger("hansa.engine")
+_running: list["subprocess.Popen[bytes]"] = []
+"""Compilers in the background, which end by themselves."""
 
 
 class CompileError(RuntimeError):
@@ -267,6 +269,7 @@ def make(traced: Traced, path: Path, wait: bool) -> bool:
             pass_fds=(lock.fileno(),),
         )
         if not wait:
+            _running.append(process)
             return False
         process.wait()
     if not path.is_file():

@@ -126,7 +126,7 @@ class Federation:
             chooser = Chooser(engine, self._options, last + 1 - first)
             engine.use(chooser.choose() if plan is None else chooser.again(plan))
             for number in range(first, last + 1):
-                if better := chooser.better():
+                if number > first and (better := chooser.better()):
                     engine.use(better)
                 due = score_every > 0 and number % score_every == 0
                 ends = number == last

@@ -15,7 +15,6 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,30 +70,37 @@ class Chooser:
 
     def choose(self) -> Plan:
         """Return the plan to begin with, and say why."""
-        options = self._options
-        if options.kind == "auto" and self._steps() < SHORT:
+        options, short = self._options, self._steps() < SHORT
+        if self._on_cpu and short and options.kind in ("auto", "sequential"):
             return self._say(Plan(workers=self._workers(0.0)), "a short run")
         if options.kind == "sequential":
             seconds = 0.0 if options.workers else self._time(Plan()) * self._steps()
             return self._say(Plan(workers=self._workers(seconds)), "as configured")
         plan, failure = self._fitting()
         if failure:
-            return self._say(Plan(workers=self._workers(0.0)), f"no stacks: {failure}")
+            _log.warning("clients are trained one by one: %s", failure)
+            return self._say(Plan(workers=self._workers(0.0)), "what fits the model")
         self._stackable = plan
-        known = self._recall()
-        if options.stack is None and known is None:
-            plan, why = self._measured(plan)
-        else:
-            size = options.stack or int(str(known["stack"] if known else 1))
-            plan, why = self._sized(plan, size), "as configured" if options.stack else "as before"
-            self._best = float(str(known["seconds"])) if known else self._time(plan)
-        plan = replace(plan, workers=self._workers(self._best * self._steps()))
-        if options.kind == "compiled" and plan.stack == 1:
-            plan = self._sized(plan, min(5, len(self._first)))
+        if options.kind == "compiled" and has_compiler():
+            plan = replace(
+                plan, kind="compiled", stack=self._compiled_size(max(options.workers, 1))
+            )
+            return self._say(replace(plan, workers=self._workers(0.0)), "as configured")
         if options.kind == "compiled":
-            plan = replace(plan, kind="compiled")
-        self._remember(plan)
-        return self._say(plan, why)
+            _log.warning("there is no C++ compiler, so that steps are not compiled")
+        plan, why = self._sized_plan(plan)
+        return self._say(replace(plan, workers=self._workers(self._best * self._steps())), why)
+
+    def _sized_plan(self, plan: Plan) -> tuple[Plan, str]:
+        """Return a plan with the size of its stacks, and why it is that."""
+        if self._options.stack is not None:
+            plan = replace(plan, stack=self._options.stack)
+            self._best = self._time(plan)
+            return plan, "as configured"
+        if known := self._recall():
+            self._best = known["seconds"]
+            return self._of_size(plan, int(known["stack"])), "as in a trial before"
+        return self._tried(plan)
 
     def again(self, plan: Plan) -> Plan:
         """Return a plan that was chosen before, with the processes that are asked for now."""
@@ -106,7 +112,7 @@ class Chooser:
         """Return a compiled plan once there is one that is faster, between two rounds."""
         if self._options.kind != "auto" or self._stackable is None or not has_compiler():
             return None
-        if self._best * self._steps() < WORTH_COMPILING or self.plan.device != "cpu":
+        if self._best * self._steps() < WORTH_COMPILING or not self._on_cpu:
             return None
         if self._compiling is None:
             self._compiling = self._begin_compiling(self._stackable)
@@ -123,15 +129,18 @@ class Chooser:
             return None
         why = f"{self._best / seconds:.1f} times as fast as {self.plan}"
         self._best = seconds
-        return self._say(replace(engine.plan, wait=True, workers=self.plan.workers), why)
+        return self._say(replace(engine.plan, workers=self.plan.workers), why)
 
     def _begin_compiling(self, plan: Plan) -> tuple[LocalEngine, Programs]:
-        # Activations of few clients fit a core's cache, and a compiled step has little overhead.
-        size = self._options.stack or min(5, self._most(self.plan.workers))
+        size = self._compiled_size(self.plan.workers)
         engine = self._small(replace(plan, kind="compiled", stack=size, wait=False), size)
         _timed(engine)
         assert engine.stack.programs is not None  # noqa: S101
         return engine, engine.stack.programs
+
+    def _compiled_size(self, processes: int) -> int:
+        # Activations of few clients fit a core's cache, and a compiled step has little overhead.
+        return self._options.stack or min(5, self._most(processes))
 
     def _most(self, processes: int) -> int:
         """Return the most clients per stack that leave every process something to do."""
@@ -171,37 +180,37 @@ class Chooser:
         pads, failure = try_out(small.leaf, small.jobs(1), plan)
         return replace(plan, pads=pads), failure
 
-    def _measured(self, plan: Plan) -> tuple[Plan, str]:
+    def _tried(self, plan: Plan) -> tuple[Plan, str]:
         """Return the fastest plan by a trial of growing stacks, and what it showed."""
         found: dict[int, float] = {}
-        on_cpu = plan.device == "cpu"
-        if on_cpu and self._options.kind == "auto":
-            found[1] = self._time(Plan())
+        if self._on_cpu and self._options.kind == "auto":
+            found[1] = self._best = self._time(Plan())
             if found[1] * self._steps() < WORTH_TRYING:
-                self._best = found[1]
                 return Plan(), f"about {found[1] * self._steps():.1f} seconds of training"
         processes = self._workers(found.get(1, 0.0) * self._steps())
-        sizes = sorted({min(size, self._most(processes)) for size in STACKS})
         limit = self._options.stack_memory_mb * 2**20 / processes
         before, start = _peak(plan.device), time.monotonic()
         budget = max(2.0, 0.03 * found.get(1, 0.0) * self._steps())
-        for size in sizes:
-            found[size] = self._time(self._sized(plan, size))
+        for size in sorted({min(size, self._most(processes)) for size in STACKS}):
+            found[size] = self._time(replace(plan, stack=size))
             # A stack of two bears the overhead of many, so that it says little about larger ones.
-            worse = size >= 10 and found[size] > 1.3 * min(found.values())
-            if worse or 3 * (_peak(plan.device) - before) > limit:
-                break
-            if time.monotonic() - start > budget:
+            worse = self._on_cpu and size >= 10 and found[size] > 1.3 * min(found.values())
+            # The next size takes two or three times as much.
+            full = 3 * (_peak(plan.device) - before) > limit
+            if worse or full or time.monotonic() - start > budget:
                 break
         best = min(found, key=lambda size: found[size])
         self._best = found[best]
+        write_atomic(self._place(), json.dumps({"stack": best, "seconds": self._best}) + "\n")
         told = ", ".join(f"{size}: {1e3 * found[size]:.2f}" for size in found)
-        return self._sized(plan, best), f"trial, ms per step and client by size of stack: {told}"
+        return self._of_size(plan, best), f"trial, ms per step by clients per stack: {told}"
 
-    def _sized(self, plan: Plan, size: int) -> Plan:
-        if size == 1 and self._options.kind == "auto" and plan.device == "cpu":
-            return Plan()
-        return replace(plan, stack=max(2, size))
+    @property
+    def _on_cpu(self) -> bool:
+        return torch.device(self._options.device).type == "cpu"
+
+    def _of_size(self, plan: Plan, size: int) -> Plan:
+        return replace(plan, stack=size) if size > 1 else Plan()
 
     def _time(self, plan: Plan) -> float:
         """Return the seconds per local step of one client, by a plan."""
@@ -229,19 +238,13 @@ class Chooser:
         small.use(small.plan)
         return small
 
-    def _recall(self) -> Mapping[str, object] | None:
-        if self._options.kind != "auto":
-            return None
+    def _recall(self) -> dict[str, float] | None:
+        """Return what an earlier trial found for such a federation on this machine."""
         try:
             known = json.loads(self._place().read_text())
-            return known if known.keys() == {"stack", "seconds"} else None
-        except (OSError, ValueError, AttributeError):
+            return {"stack": max(1, int(known["stack"])), "seconds": float(known["seconds"])}
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-
-    def _remember(self, plan: Plan) -> None:
-        if self._options.kind == "auto" and self._options.stack is None:
-            about = {"stack": plan.stack, "seconds": self._best}
-            write_atomic(self._place(), json.dumps(about) + "\n")
 
     def _place(self) -> Path:
         engine, options = self._engine, self._options
@@ -254,7 +257,7 @@ class Chooser:
             setup.training.model_dump_json(exclude={"epochs", "lr"}),
             tuple(self._clients[self._first[0]].inputs.shape[1:]),
             self._cohort,
-            options.model_dump_json(exclude={"kind"}),
+            options.model_dump_json(),
             (torch.__version__, platform.machine(), platform.node(), os.cpu_count()),
         )
         name = hashlib.sha256(repr(about).encode()).hexdigest()[:32]

@@ -173,7 +173,9 @@ class LocalEngine:
         self.store.commit(number)
         visits.sort(key=lambda visit: visit.path)
         seconds = perf_counter() - start
-        return RoundResult(number, tuple(visits), scores, seconds, compared, str(self.plan))
+        # What turned out not to be stackable was done one by one.
+        how = "sequential" if self.stack.failure else str(self.plan)
+        return RoundResult(number, tuple(visits), scores, seconds, compared, how)
 
     def jobs(self, number: int) -> list[Job]:
         """Return what the root's children would start a round from, all of them leaves."""
