@@ -289,3 +289,13 @@ def test_what_was_read_from_disk_is_cached_too(tmp_path: Path) -> None:
     assert value(store, "root") == 1
     damage(tmp_path)
     assert value(store, "root") == 1
+
+
+def test_a_state_holds_no_more_than_its_own_memory(tmp_path) -> None:
+    stack = torch.arange(1000.0).reshape(10, 100)
+    state = State({"model": {"w": stack[3]}})
+    for store in (MemoryStore(), DiskStore(tmp_path)):
+        store.put("a", state)
+        kept = store.get("a").group("model")["w"]
+        assert torch.equal(kept, stack[3])
+        assert kept.untyped_storage().nbytes() == 400

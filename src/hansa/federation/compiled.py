@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ Filled = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 a batch at all."""
 MAX_CONSTANTS = 1 << 26
 """Bytes of constants (frozen weights) that a program may hold."""
+
+REMEMBERED = 86_400
+"""Seconds for which a failure is not tried again; its cause may have passed."""
 
 _log = logging.getLogger("hansa.engine")
 _running: list["subprocess.Popen[bytes]"] = []
@@ -210,7 +214,6 @@ class Programs:
             if not path.is_file() and not make(traced, path, self.wait):
                 self.pending[path] = about
                 return None
-            self.pending.pop(path, None)
             found: Program | None = _load(traced, path)
         except StepGrowsError:
             found = None
@@ -218,6 +221,7 @@ class Programs:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             _log.warning("a step is not compiled: %s", reason)
             found = None
+        self.pending = {path: key for path, key in self.pending.items() if key != about}
         self._known[about] = found
         self._traced.pop(about, None)
         return found
@@ -249,7 +253,7 @@ def make(traced: Traced, path: Path, wait: bool) -> bool:
         CompileError: it cannot be made.
     """
     failed = path.with_suffix(".failed")
-    if failed.is_file():
+    if failed.is_file() and time.time() - failed.stat().st_mtime < REMEMBERED:
         raise CompileError(failed.read_text())
     with path.with_suffix(".lock").open("w") as lock:
         try:
@@ -258,6 +262,7 @@ def make(traced: Traced, path: Path, wait: bool) -> bool:
             return False  # another process is at it
         if path.is_file():
             return True
+        failed.unlink(missing_ok=True)
         source = path.with_name(f"{path.stem}-{os.getpid()}-source.pt2")
         torch.export.save(torch.export.export(_Flat(traced.graph), traced.inputs), source)
         # The child inherits the lock, and so holds it until it ends.

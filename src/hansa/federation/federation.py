@@ -11,8 +11,9 @@ from hansa.errors import InputError
 from hansa.federation.engines.choice import Chooser
 from hansa.federation.engines.local import LocalEngine, RoundResult
 from hansa.federation.engines.plan import EngineOptions, Plan
+from hansa.federation.engines.workers import check_sendable
 from hansa.federation.history import History, tables_of
-from hansa.federation.leaf import Newcomer
+from hansa.federation.leaf import Leaf, Newcomer
 from hansa.federation.message import Tensors
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Buffers, Setup
@@ -91,6 +92,8 @@ class Federation:
         self._options = engine or EngineOptions()
         self._options.check()
         self._paths = paths | {ROOT: ROOT}
+        if self._options.workers > 1:
+            check_sendable(Leaf(method, self.setup, seed), self._options.workers)
         self._engine = LocalEngine(
             self.tree,
             {paths[name]: client for name, client in clients.items()},

@@ -34,6 +34,7 @@ from hansa.federation.leaf import (
 from hansa.federation.message import State, Tensors
 from hansa.federation.methods.base import Work
 from hansa.federation.node import Node, Setup
+from hansa.federation.optimizer import Training
 from hansa.models.task import Batch, PureTask
 from hansa.seeding import global_stream
 
@@ -66,7 +67,7 @@ class Stack:
         width: samples of a full batch, over all clients.
 
     Attributes:
-        failure: why leaves are done one by one, empty while they are not.
+        failure: why some leaves are done one by one, empty while none are.
         programs: the compiled steps, where the plan has any.
     """
 
@@ -75,7 +76,8 @@ class Stack:
         self.programs = Programs(plan.wait) if plan.kind == "compiled" else None
         self._device = torch.device(plan.device)
         self._setup: Setup | None = None
-        self._pools: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._pools: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._failed: set[Hashable] = set()
 
     def train(self, jobs: Sequence[Job]) -> list[Trained | DivergedError]:
         """Return each leaf's new state, its reply and its training metrics, or its error."""
@@ -115,7 +117,7 @@ class Stack:
 
         def kind(item: Item) -> Hashable:
             stages = tuple(self.leaf.method.stages(item.node, item.work, epochs))
-            return stages, _signature(item.work), self.plan.pads or item.node.samples
+            return stages, _kind(item), self.plan.pads or item.node.samples
 
         def alone(item: Item) -> Work | DivergedError:
             return _caught(self.leaf.fit, item.node, item.work, item.client, epochs)
@@ -143,9 +145,10 @@ class Stack:
         """Return a pool of samples on the device, where it stays once it was brought there."""
         if self._device.type == "cpu":
             return inputs, labels
-        if id(inputs) not in self._pools:
-            self._pools[id(inputs)] = inputs.to(self._device), labels.to(self._device)
-        return self._pools[id(inputs)]
+        key = id(inputs), id(labels)
+        if key not in self._pools:
+            self._pools[key] = inputs.to(self._device), labels.to(self._device)
+        return self._pools[key]
 
     def _in_groups(
         self,
@@ -156,17 +159,19 @@ class Stack:
     ) -> list[T]:
         """Return what ``together`` makes of the items of each kind, in the order of the items."""
         found: dict[int, T] = {}
-        for numbers in _grouped(range(len(items)), lambda k: kind(items[k])):
+        for about, numbers in _grouped(range(len(items)), lambda k: kind(items[k])).items():
             group = [items[k] for k in numbers]
-            if not self.failure and (len(group) > 1 or self._device.type != "cpu"):
+            if about not in self._failed and (len(group) > 1 or self.plan.is_rough):
                 try:
                     self.prepare(group[0].client)
                     found.update(zip(numbers, together(group), strict=True))
                     continue
                 # What vmap cannot take shows as one of these, and so does a lack of memory.
                 except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-                    self.failure = (str(error).strip() or repr(error)).splitlines()[0]
-                    _log.warning("clients are trained one by one: %s", self.failure)
+                    self._failed.add(about)
+                    if not self.failure:
+                        self.failure = _reason(error)
+                        _log.warning("some clients are done one by one: %s", self.failure)
             found.update((k, alone(items[k])) for k in numbers)
         return [found[k] for k in range(len(items))]
 
@@ -179,7 +184,8 @@ class Stack:
             # A pass that a client can leave out (its masks say so) tears a stack apart.
             live = [k for k, work in enumerate(works) if not isinstance(work, DivergedError)]
             passes = {k: tuple(method.phases(_whole(works[k]), stage)) for k in live}
-            for numbers in _grouped(live, lambda k: (passes[k], _signature(_whole(works[k])))):  # noqa: B023
+            kinds = {k: (passes[k], _signature(_whole(works[k]))) for k in live}
+            for numbers in _grouped(live, kinds.__getitem__).values():
                 group = [replace(items[k], work=_whole(works[k])) for k in numbers]
                 trained, finite = self._epochs(group, stage, num, passes[numbers[0]])
                 for k, work, sound in zip(numbers, trained, finite, strict=True):
@@ -250,7 +256,7 @@ class Stack:
             width = self.width if self.plan.pads else batch[1].shape[1]
             filled = fill(batch, self.plan.stack, width)
             # The first step may add the memory of an optimizer; after that shapes stay.
-            if width not in programs or (number == 1 and programs[width] is None):
+            if width not in programs or number == 1:
                 about = (phase, _signature(work), filled[0].shape)
                 programs[width] = self.programs.find(about, step, work, filled)
             program = programs[width]
@@ -305,11 +311,13 @@ class Stack:
             ]
 
         with torch.no_grad():
-            return self._in_groups(items, lambda item: _signature(item.work), together, alone)
+            if self.plan.scores:
+                return self._in_groups(items, _kind, together, alone)
+            return [alone(item) for item in items]
 
 
-def try_out(leaf: Leaf, jobs: Sequence[Job], plan: Plan) -> tuple[bool, str]:
-    """Try a step of some clients both ways, stacked and one by one.
+def try_out(leaf: Leaf, jobs: Sequence[Job], plan: Plan) -> tuple[Plan, str]:
+    """Try a step and a score of some clients both ways, stacked and one by one.
 
     Args:
         leaf: what does one leaf.
@@ -317,19 +325,56 @@ def try_out(leaf: Leaf, jobs: Sequence[Job], plan: Plan) -> tuple[bool, str]:
         plan: how stacks are done.
 
     Returns:
-        Whether batches may be filled up, and why clients cannot be stacked, empty where they can.
+        The plan with what was found (``pads``, ``scores``), and why clients cannot be stacked,
+        empty where they can.
     """
+    training = leaf.setup.training
+    # Other optimizers make a whole step of the rounding of a gradient that is zero.
+    plain = Training(lr=training.lr, batch_size=training.batch_size)
+    leaf = replace(leaf, setup=replace(leaf.setup, training=plain))
     failure = ""
     for pads in (True, False):
-        try:
-            failure = _difference(Stack(leaf, replace(plan, pads=pads), 0), jobs)
-        except Exception as error:  # a user's module may raise anything
-            failure = (str(error).strip() or repr(error)).splitlines()[0]
-            if "randomness" in failure:
-                failure = "the model draws random numbers while it trains"
+        stack = Stack(leaf, replace(plan, pads=pads), 0)
+        failure = _told(_difference, stack, jobs)
         if not failure:
-            return pads, ""
-    return False, failure
+            return replace(stack.plan, scores=not _told(_score_difference, stack, jobs)), ""
+    return plan, failure
+
+
+def _told(compare: Callable[[Stack, Sequence[Job]], str], stack: Stack, jobs: Sequence[Job]) -> str:
+    try:
+        return compare(stack, jobs)
+    except Exception as error:  # a user's module may raise anything
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    """Return an error as part of a line."""
+    text = (str(error).strip() or repr(error)).splitlines()[0]
+    if "randomness" in text:
+        return "the model draws random numbers while it trains"
+    if "data-dependent control flow" in text:
+        return "the model's control flow depends on the values of a tensor"
+    return text
+
+
+def _score_difference(stack: Stack, jobs: Sequence[Job]) -> str:
+    leaf, share = stack.leaf, 0.1 if stack.plan.is_rough else 1e-3
+    setup = leaf.setup
+    model = dict(setup.task.params), dict(setup.task.buffers)
+    for split in SCORED_SPLITS:
+        # Unlike numbers of samples, so that something is filled up.
+        few = [
+            Client(j.client.inputs, j.client.labels, {**j.client.splits, split: index[: 3 + k]})
+            for k, j in enumerate(jobs)
+            if len(index := j.client.splits[split])
+        ]
+        items = [Item(Node("", 0, 0, setup), client, _as_work(model)) for client in few]
+        for client, found in zip(few, stack._evaluate(items, split), strict=True):
+            alone = setup.task.evaluate(*model, client.batch(split))["loss"][0]
+            if abs(found["loss"][0] - alone) > share * abs(alone) + 1e-6:
+                return "its stacked score gives other numbers"
+    return stack.failure
 
 
 def _difference(stack: Stack, jobs: Sequence[Job]) -> str:
@@ -381,7 +426,7 @@ class Pool:
     def __init__(self, clients: Sequence[Client], split: Split, on: OnDevice) -> None:
         index = [torch.from_numpy(client.splits[split]) for client in clients]
         first = clients[0]
-        if all(client.inputs is first.inputs for client in clients):
+        if all(c.inputs is first.inputs and c.labels is first.labels for c in clients):
             self._inputs, self._labels = on(first.inputs, first.labels)
             self._index = index
         else:
@@ -426,11 +471,11 @@ class Pool:
         return (*filled, weights.to(device, torch.get_default_dtype()))
 
 
-def _grouped(numbers: Iterable[int], kind: Callable[[int], Hashable]) -> list[list[int]]:
+def _grouped(numbers: Iterable[int], kind: Callable[[int], Hashable]) -> dict[Hashable, list[int]]:
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for number in numbers:
         groups[kind(number)].append(number)
-    return list(groups.values())
+    return groups
 
 
 def _caught(call: Callable[..., T], *arguments: object) -> T | DivergedError:
@@ -452,6 +497,12 @@ def _as_work(model: Model) -> Work:
 
 def _is_same(work: Work, other: Work) -> bool:
     return all(other[g][n] is tensor for g, group in work.items() for n, tensor in group.items())
+
+
+def _kind(item: Item) -> Hashable:
+    """Return what two items must have in common to be stacked."""
+    inputs = item.client.inputs
+    return _signature(item.work), inputs.dtype, inputs.shape[1:]
 
 
 def _signature(work: Work) -> Hashable:

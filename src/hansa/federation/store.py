@@ -40,6 +40,21 @@ class Store(Protocol):
         ...
 
 
+def owned(state: State) -> State:
+    """Return a state that holds no part of larger tensors, which it would keep in memory.
+
+    What was trained in a stack are views of the stack.
+    """
+    groups = {
+        group: {
+            name: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t
+            for name, t in tensors.items()
+        }
+        for group, tensors in state.groups.items()
+    }
+    return State(groups, state.scalars, state.metrics)
+
+
 class MemoryStore:
     """States in memory."""
 
@@ -52,7 +67,7 @@ class MemoryStore:
 
     def put(self, key: str, state: State) -> None:
         """Set the state of a key."""
-        self._states[key] = state
+        self._states[key] = owned(state)
 
     def commit(self, round_: int) -> None:
         """Do nothing: memory does not outlive its process."""
@@ -110,7 +125,7 @@ class DiskStore:
         data = encode(state)
         path.write_bytes(data)
         self._written[key] = path
-        self._keep(key, state, len(data))
+        self._keep(key, owned(state), len(data))
 
     def commit(self, round_: int) -> None:
         """Bring everything written since the last commit to the disk.

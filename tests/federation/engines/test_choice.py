@@ -12,11 +12,13 @@ from torch import nn
 from hansa import Federation
 from hansa.data.clients import Client
 from hansa.errors import InputError
+from hansa.federation import compiled
 from hansa.federation.engines import choice
 from hansa.federation.engines.choice import Chooser
 from hansa.federation.engines.plan import EngineOptions, Plan
 from hansa.federation.methods import FedAvg, FedSelect
 from hansa.federation.optimizer import Training
+from hansa.federation.tree import Tree
 from support import clients, engine, everything, net, run
 
 
@@ -110,6 +112,8 @@ def test_a_script_without_a_guard_starts_no_processes(tmp_path, monkeypatch) -> 
     assert not choice._may_start_processes()
     script.write_text("if __name__ == '__main__':\n    federation.run(1000)\n")
     assert choice._may_start_processes()
+    monkeypatch.setitem(sys.modules, "__main__", types.SimpleNamespace())  # a notebook
+    assert not choice._may_start_processes()
 
 
 def test_a_model_that_cannot_be_stacked_is_named_in_one_line(caplog) -> None:
@@ -191,12 +195,51 @@ def test_a_trial_leaves_no_trace_in_the_run() -> None:
         ({"device": "cuda:7"}, r"engine\.device: found 'cuda:7', where PyTorch sees \d+ CUDA"),
         ({"device": "tpu"}, r"engine\.device: found 'tpu'; allowed: cpu or cuda"),
         ({"device": "meta"}, r"engine\.device: found 'meta'; allowed: cpu or cuda"),
+        ({"kind": "sequential", "precision": "bfloat16"}, r"engine\.precision: found 'bfloat16'"),
         ({"kind": "sequential", "stack": 4}, r"engine\.stack: found 4 with kind 'sequential'"),
     ],
 )
 def test_what_a_machine_does_not_have_is_refused(options: dict[str, object], says: str) -> None:
     with pytest.raises(InputError, match=says):
         Federation(net(), clients(), FedAvg(), engine=EngineOptions.model_validate(options))
+
+
+def test_a_model_that_no_process_finds_is_named_before_the_run() -> None:
+    class Hidden(nn.Linear):
+        pass
+
+    with pytest.raises(InputError, match=r"engine\.workers"):
+        Federation(Hidden(4, 3), clients(), FedAvg(), engine=EngineOptions(workers=2))
+
+
+def test_stacks_are_no_larger_than_what_stands_below_one_node(monkeypatch) -> None:
+    tried = pretend(monkeypatch, {1: 1.0, 2: 0.5})
+    data = clients(6)
+    made = chooser(EngineOptions(workers=1), data=data, tree=Tree.grouped(data, 3))
+    assert made.choose() == Plan("stacked", 2)
+    assert tried == [1, 2]
+
+
+def test_one_client_is_no_stack(monkeypatch, caplog) -> None:
+    tried = pretend(monkeypatch, {1: 1.0})
+    assert chooser(EngineOptions(workers=1), data=clients(1), rounds=1000).choose() == Plan()
+    assert tried == []
+    assert "no two clients to stack" in caplog.text
+
+
+def test_a_step_that_failed_to_compile_is_not_waited_for(monkeypatch) -> None:
+    def fails(traced: object, path: object, wait: bool) -> bool:
+        if not seen:
+            seen.append(path)
+            return False  # under way
+        raise compiled.CompileError("no")
+
+    seen: list[object] = []
+    monkeypatch.setattr(compiled, "make", fails)
+    other = engine(FedAvg(), plan=Plan("compiled", 3, wait=False))
+    run(other, 2)
+    assert other.stack.programs is not None
+    assert other.stack.programs.pending == {}
 
 
 def test_bfloat16_computes_in_fewer_digits_and_keeps_weights_whole() -> None:

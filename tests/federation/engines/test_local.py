@@ -6,7 +6,7 @@ from torch import nn
 
 from hansa.data.clients import Client
 from hansa.errors import InputError
-from hansa.federation.engines import local
+from hansa.federation.engines import local, workers
 from hansa.federation.engines.local import LocalEngine
 from hansa.federation.engines.plan import Plan
 from hansa.federation.leaf import DivergedError
@@ -308,3 +308,9 @@ def test_a_newcomer_s_mask_depends_on_the_rounds_before_it() -> None:
     run(federation, 3)
     found = federation.onboard("late", clients(4)["c3"], epochs=1)
     assert int(found.masks["body.weight"].sum()) == round((1 - 0.7**3) * 24)
+
+
+def test_clients_with_data_of_their_own_reach_other_processes(monkeypatch) -> None:
+    monkeypatch.setattr(workers, "SHARED", 1)  # so that tensors are copied, not shared
+    here, there = build(FedAvg()), build(FedAvg(), workers=2)
+    assert everything(here, run(here)) == everything(there, run(there))

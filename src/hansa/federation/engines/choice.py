@@ -15,6 +15,7 @@ import platform
 import resource
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +61,11 @@ class Chooser:
         self._engine, self._options, self._rounds = engine, options, rounds
         self._clients = engine.clients
         leaves = list(engine.tree.leaves())
-        self._cohort = max(1, round(len(leaves) * engine.participation.fraction))
+        fraction = engine.participation.fraction
+        self._asked = max(1, round(len(leaves) * fraction))
+        # Leaves are stacked with those below the same node.
+        nodes = Counter(path.rpartition("/")[0] for path in leaves)
+        self._cohort = max(1, round(max(nodes.values()) * fraction))
         self._first = leaves[: min(len(leaves), max(STACKS))]
         self._compiling: tuple[LocalEngine, Programs] | None = None
         self._best = float("inf")
@@ -71,25 +76,32 @@ class Chooser:
     def choose(self) -> Plan:
         """Return the plan to begin with, and say why."""
         options, short = self._options, self._steps() < SHORT
-        if self._on_cpu and short and options.kind in ("auto", "sequential"):
+        if self._is_exact and short and options.kind in ("auto", "sequential"):
             return self._say(Plan(workers=self._workers(0.0)), "a short run")
         if options.kind == "sequential":
-            seconds = 0.0 if options.workers else self._time(Plan()) * self._steps()
-            return self._say(Plan(workers=self._workers(seconds)), "as configured")
+            return self._say(self._alone(), "as configured")
         plan, failure = self._fitting()
         if failure:
             _log.warning("clients are trained one by one: %s", failure)
-            return self._say(Plan(workers=self._workers(0.0)), "what fits the model")
+            return self._say(self._alone(), "what fits the model")
+        if options.kind == "auto" and self._is_exact and self._most(1, plan) == 1:
+            return self._say(self._alone(), "no two clients to stack")
         self._stackable = plan
         if options.kind == "compiled" and has_compiler():
-            plan = replace(
-                plan, kind="compiled", stack=self._compiled_size(max(options.workers, 1))
+            workers = self._alone().workers
+            size = self._compiled_size(workers, plan)
+            return self._say(
+                replace(plan, kind="compiled", stack=size, workers=workers), "as configured"
             )
-            return self._say(replace(plan, workers=self._workers(0.0)), "as configured")
         if options.kind == "compiled":
             _log.warning("there is no C++ compiler, so that steps are not compiled")
         plan, why = self._sized_plan(plan)
         return self._say(replace(plan, workers=self._workers(self._best * self._steps())), why)
+
+    def _alone(self) -> Plan:
+        """Return the plan of single clients."""
+        known = self._options.workers or self._steps() < SHORT
+        return Plan(workers=self._workers(0.0 if known else self._time(Plan()) * self._steps()))
 
     def _sized_plan(self, plan: Plan) -> tuple[Plan, str]:
         """Return a plan with the size of its stacks, and why it is that."""
@@ -132,19 +144,23 @@ class Chooser:
         return self._say(replace(engine.plan, workers=self.plan.workers), why)
 
     def _begin_compiling(self, plan: Plan) -> tuple[LocalEngine, Programs]:
-        size = self._compiled_size(self.plan.workers)
+        size = self._compiled_size(self.plan.workers, plan)
         engine = self._small(replace(plan, kind="compiled", stack=size, wait=False), size)
         _timed(engine)
         assert engine.stack.programs is not None  # noqa: S101
         return engine, engine.stack.programs
 
-    def _compiled_size(self, processes: int) -> int:
+    def _compiled_size(self, processes: int, plan: Plan) -> int:
         # Activations of few clients fit a core's cache, and a compiled step has little overhead.
-        return self._options.stack or min(5, self._most(processes))
+        return self._options.stack or max(2, min(5, self._most(processes, plan)))
 
-    def _most(self, processes: int) -> int:
+    def _most(self, processes: int, plan: Plan) -> int:
         """Return the most clients per stack that leave every process something to do."""
-        return max(2, min(len(self._first), -(-self._cohort // processes)))
+        most = -(-self._cohort // processes)
+        if not plan.pads:  # only clients of equal size are stacked
+            sizes = Counter(self._clients[path].count("train") for path in self._first)
+            most = min(most, max(sizes.values()))
+        return min(len(self._first), most)
 
     def _say(self, plan: Plan, why: str) -> Plan:
         self.plan = plan
@@ -157,7 +173,7 @@ class Chooser:
         size = engine.setup.training.batch_size
         few = [self._clients[path] for path in self._first]
         batches = sum(-(-client.count("train") // size) for client in few) / len(few)
-        return self._rounds * self._cohort * batches * engine.method.passes(engine.setup)
+        return self._rounds * self._asked * batches * engine.method.passes(engine.setup)
 
     def _workers(self, seconds: float) -> int:
         """Return the number of processes for so many seconds of training."""
@@ -165,7 +181,7 @@ class Chooser:
             return self._options.workers
         if seconds < WORTH_WORKERS or not _may_start_processes():
             return 1
-        num = min(len(os.sched_getaffinity(0)), self._cohort)
+        num = min(_cores(), self._cohort)
         try:
             check_sendable(self._engine.leaf, num)
         except InputError:
@@ -173,17 +189,16 @@ class Chooser:
         return num
 
     def _fitting(self) -> tuple[Plan, str]:
-        """Return a plan that says whether batches may be filled up, or why there is none."""
+        """Return a plan that says what may be stacked, and why nothing may, if so."""
         options = self._options
         plan = Plan("stacked", 2, device=options.device, precision=options.precision)
         small = self._small(plan, 2)
-        pads, failure = try_out(small.leaf, small.jobs(1), plan)
-        return replace(plan, pads=pads), failure
+        return try_out(small.leaf, small.jobs(1), plan)
 
     def _tried(self, plan: Plan) -> tuple[Plan, str]:
         """Return the fastest plan by a trial of growing stacks, and what it showed."""
         found: dict[int, float] = {}
-        if self._on_cpu and self._options.kind == "auto":
+        if self._is_exact and self._options.kind == "auto":
             found[1] = self._best = self._time(Plan())
             if found[1] * self._steps() < WORTH_TRYING:
                 return Plan(), f"about {found[1] * self._steps():.1f} seconds of training"
@@ -191,7 +206,7 @@ class Chooser:
         limit = self._options.stack_memory_mb * 2**20 / processes
         before, start = _peak(plan.device), time.monotonic()
         budget = max(2.0, 0.03 * found.get(1, 0.0) * self._steps())
-        for size in sorted({min(size, self._most(processes)) for size in STACKS}):
+        for size in sorted({max(2, min(size, self._most(processes, plan))) for size in STACKS}):
             found[size] = self._time(replace(plan, stack=size))
             # A stack of two bears the overhead of many, so that it says little about larger ones.
             worse = self._on_cpu and size >= 10 and found[size] > 1.3 * min(found.values())
@@ -204,6 +219,11 @@ class Chooser:
         write_atomic(self._place(), json.dumps({"stack": best, "seconds": self._best}) + "\n")
         told = ", ".join(f"{size}: {1e3 * found[size]:.2f}" for size in found)
         return self._of_size(plan, best), f"trial, ms per step by clients per stack: {told}"
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether single clients are computed as they were asked for."""
+        return self._on_cpu and self._options.precision == "float32"
 
     @property
     def _on_cpu(self) -> bool:
@@ -286,7 +306,8 @@ def _may_start_processes() -> bool:
         return False
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     try:
-        return script is None or "__main__" in Path(script).read_text()
+        # A notebook has no script; classes that it defines are not found in another process.
+        return script is not None and "__main__" in Path(script).read_text()
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -295,4 +316,11 @@ def _peak(device: str) -> int:
     """Return the most bytes that were held so far."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -174,7 +174,7 @@ class LocalEngine:
         visits.sort(key=lambda visit: visit.path)
         seconds = perf_counter() - start
         # What turned out not to be stackable was done one by one.
-        how = "sequential" if self.stack.failure else str(self.plan)
+        how = str(self.plan) + (", in part one by one" if self.stack.failure else "")
         return RoundResult(number, tuple(visits), scores, seconds, compared, how)
 
     def jobs(self, number: int) -> list[Job]:

@@ -47,8 +47,11 @@ class EngineOptions(BaseModel):
             raise InputError("engine.device", found, "cpu, or a device that is there")
         if self.kind == "sequential" and self.stack is not None:
             raise InputError("engine.stack", f"{self.stack} with kind 'sequential'", "nothing")
-        if self.kind == "sequential" and device.type != "cpu":
-            raise InputError("engine.kind", "'sequential' on a GPU", "auto, stacked or compiled")
+        if self.kind == "sequential" and self.precision != "float32":
+            found = f"{self.precision!r} with kind 'sequential'"
+            raise InputError("engine.precision", found, "float32, or another kind")
+        if self.kind in ("sequential", "compiled") and device.type != "cpu":
+            raise InputError("engine.kind", f"{self.kind!r} on a GPU", "auto or stacked")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Plan:
         stack: clients per stack, 1 for one by one.
         workers: processes that train clients.
         pads: whether batches of unequal sizes are filled up.
+        scores: whether clients are scored in stacks as well.
         wait: whether a step that is not compiled yet is waited for.
         device: where clients are trained.
         precision: what matrix products are computed in.
@@ -70,6 +74,7 @@ class Plan:
     stack: int = 1
     workers: int = 1
     pads: bool = True
+    scores: bool = True
     wait: bool = True
     device: str = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"

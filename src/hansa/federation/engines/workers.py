@@ -9,13 +9,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from hansa.data.clients import Client
+from hansa.data.clients import Client, Index, Split
 from hansa.errors import InputError
 from hansa.federation.engines.plan import Plan
 from hansa.federation.leaf import DivergedError, Job, Leaf, Metrics, Scores, Trained
 from hansa.federation.message import Message
 from hansa.federation.stack import Stack
 from hansa.processes import pool
+
+SHARED = 128
+"""Tensors that are shared with other processes; of more, each gets a copy."""
 
 
 class Workers(Protocol):
@@ -66,7 +69,7 @@ class Pool:
     def __init__(self, plan: Plan, leaf: Leaf, width: int, clients: Mapping[str, Client]) -> None:
         self.ahead = 2 * plan.workers
         self._exit = ExitStack()
-        start = (leaf, plan, width, dict(clients))
+        start = (leaf, plan, width, _portable(clients))
         self._executor = self._exit.enter_context(pool(plan.workers, _enter, *start))
 
     def train(self, jobs: Sequence[Job]) -> Callable[[], list[Trained | DivergedError]]:
@@ -118,6 +121,7 @@ def check_sendable(leaf: Leaf, num: int) -> None:
 # Within one machine messages need neither checks nor small size: they cross as plain bytes.
 _Tensor = tuple[bytes, torch.dtype, torch.Size]
 _Packed = tuple[dict[str, dict[str, _Tensor]], dict[str, Any], dict[str, tuple[float, float]]]
+_Held = dict[str, tuple[int, int, dict[Split, Index]]]
 _Row = tuple[str, int, _Packed, int]
 _here: Stack
 _clients: dict[str, Client]
@@ -125,13 +129,15 @@ _clients: dict[str, Client]
 
 def _packed(message: Message) -> _Packed:
     groups = {
-        group: {
-            name: (t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), t.dtype, t.shape)
-            for name, t in tensors.items()
-        }
+        group: {name: _packed_tensor(t) for name, t in tensors.items()}
         for group, tensors in message.groups.items()
     }
     return groups, dict(message.scalars), dict(message.metrics)
+
+
+def _packed_tensor(tensor: torch.Tensor) -> _Tensor:
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().tobytes(), tensor.dtype, tensor.shape
 
 
 def _unpacked(packed: _Packed) -> Message:
@@ -152,9 +158,23 @@ def _tensor(data: bytes, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
     return tensor
 
 
-def _enter(leaf: Leaf, plan: Plan, width: int, clients: dict[str, Client]) -> None:
+def _portable(clients: Mapping[str, Client]) -> tuple[dict[int, Any], _Held]:
+    """Return pools of samples by number, and clients that name theirs.
+
+    A tensor is shared with a process by a file descriptor, of which there are not many.
+    """
+    pools = {id(t): t for client in clients.values() for t in (client.inputs, client.labels)}
+    held = {p: (id(c.inputs), id(c.labels), c.splits) for p, c in clients.items()}
+    if len(pools) <= SHARED:
+        return dict(pools), held
+    return {key: _packed_tensor(tensor) for key, tensor in pools.items()}, held
+
+
+def _enter(leaf: Leaf, plan: Plan, width: int, sent: tuple[dict[int, Any], _Held]) -> None:
     global _here, _clients
-    _here, _clients = Stack(leaf, plan, width), clients
+    pools = {k: _tensor(*t) if isinstance(t, tuple) else t for k, t in sent[0].items()}
+    _here = Stack(leaf, plan, width)
+    _clients = {p: Client(pools[x], pools[y], splits) for p, (x, y, splits) in sent[1].items()}
 
 
 def _jobs(rows: list[_Row], sent: dict[int, _Packed]) -> list[Job]:
