@@ -75,7 +75,7 @@ def write_work(path: Path, task: str, cohort: int) -> None:
 
     def drawn(classes: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
         noise = rng.normal(0, 1, (*classes.shape, 1, side, side))
-        return (patterns[classes] + noise).astype(np.float32)
+        return np.asarray(patterns[classes] + noise, dtype=np.float32)
 
     np.savez(
         path,
@@ -177,16 +177,14 @@ def compare(
             if (found := measure(label, work, peers, 900)) is not None:
                 rows[label].append(found)
                 print(f"{task}-{cohort} #{repeat} {label}: {found}", file=sys.stderr, flush=True)
-    result = {}
-    for label, found in rows.items():
-        if found:
-            result[label] = {
-                key: median(row[key] for row in found)
-                for key in ("cpu", "wall", "first", "peak_mb", "loss")
-            }
+    result: dict[str, dict[str, Any]] = {}
+    for label, measured in rows.items():
+        if measured:
+            keys = ("cpu", "wall", "first", "peak_mb", "loss")
+            result[label] = {key: median(row[key] for row in measured) for key in keys}
             # The first run of all has nothing in its cache.
-            result[label]["first_cold"] = found[0]["first"]
-            result[label]["engine"] = found[-1].get("engine", "")
+            result[label]["first_cold"] = measured[0]["first"]
+            result[label]["engine"] = measured[-1].get("engine", "")
     losses = [row["loss"] for row in result.values()]
     if max(losses) - min(losses) > 5e-3 * min(losses):  # rounding, over all rounds
         raise SystemExit(f"{task}-{cohort}: losses differ: {losses}")
@@ -279,8 +277,10 @@ def main() -> None:
 def ratios(results: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
     """Return what Hansa takes in shares of what others take, on the main task."""
     rows = results.get("cnn28-10", {})
-    peers = [peer for peer in ("pfl", "flower", "loop", "pfllib") if peer in rows]
-    found = {"cpu_ratio": {p: rows["hansa auto"]["cpu"] / rows[p]["cpu"] for p in peers}}
+    peers: list[str] = [peer for peer in ("pfl", "flower", "loop", "pfllib") if peer in rows]
+    found: dict[str, dict[str, float]] = {
+        "cpu_ratio": {p: rows["hansa auto"]["cpu"] / rows[p]["cpu"] for p in peers}
+    }
     both = "hansa auto, 2 processes"
     if both in rows:
         walls = {"pfl": "pfl, default threads", "flower": "flower"}

@@ -85,7 +85,7 @@ class Scheduled(FedAvg):
 def main() -> None:
     """Run ``python flower_simulation.py WORK [ACTORS]``."""
     work, actors = Work(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 2
-    server_app, result = ServerApp(), {}
+    server_app = ServerApp()
 
     @server_app.main()
     def serve(grid: Grid, context: Context) -> None:
@@ -94,8 +94,8 @@ def main() -> None:
         found = Scheduled(work, clock).start(
             grid=grid, initial_arrays=initial, num_rounds=work.rounds
         )
-        result["clock"], result["state"] = clock, found.arrays.to_torch_state_dict()
-        clock.report(work.loss(result["state"]))  # while the actors are still alive
+        # While the actors are still alive, so that they are counted.
+        clock.report(work.loss(found.arrays.to_torch_state_dict()))
 
     run_simulation(
         server_app,
