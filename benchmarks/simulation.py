@@ -225,7 +225,7 @@ def plot(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         colors = ["#0b6e6e" if label.startswith("hansa") else "#b0b7bd" for label in labels]
         bars = axis.barh(labels, shares, color=colors)
         axis.bar_label(bars, [f"{share:.2f}" for share in shares], padding=3)
-        axis.set(title=title, xlabel="CPU seconds a round, plain loop = 1 (log)", xscale="log")
+        axis.set(title=title, xlabel="CPU seconds a round, plain loop = 1")
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
