@@ -11,7 +11,7 @@ What cannot be stacked is done leaf by leaf, and ``failure`` says why.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -35,13 +35,13 @@ from hansa.federation.message import State, Tensors
 from hansa.federation.methods.base import Work
 from hansa.federation.node import Node, Setup
 from hansa.federation.optimizer import Training
+from hansa.federation.pool import Pool
 from hansa.models.task import Batch, PureTask
 from hansa.seeding import global_stream
 
 T = TypeVar("T")
 Step = Callable[[Work, Batch], Work]
 Model = tuple[Tensors, Tensors]
-OnDevice = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 EVALUATED = 1024
 """Samples that are scored in one call, over all clients of a stack."""
 
@@ -415,60 +415,6 @@ def _is_off(before: Work, alone: Work, together: Work, share: float) -> bool:
             if ((together[group][name] - tensor).abs() > share * change + noise + 1e-12).any():
                 return True
     return False
-
-
-class Pool:
-    """The data of some clients, from which stacked batches are taken.
-
-    Clients that hold parts of one pool of samples are read from there; others are put together.
-    """
-
-    def __init__(self, clients: Sequence[Client], split: Split, on: OnDevice) -> None:
-        index = [torch.from_numpy(client.splits[split]) for client in clients]
-        first = clients[0]
-        if all(c.inputs is first.inputs and c.labels is first.labels for c in clients):
-            self._inputs, self._labels = on(first.inputs, first.labels)
-            self._index = index
-        else:
-            pairs = zip(clients, index, strict=True)
-            parts = [(client.inputs[rows], client.labels[rows]) for client, rows in pairs]
-            device = on(first.inputs[:0], first.labels[:0])[0].device
-            self._inputs = torch.cat([inputs for inputs, _ in parts]).to(device)
-            self._labels = torch.cat([labels for _, labels in parts]).to(device)
-            self._index = list(torch.arange(len(self._labels)).split([len(i) for i in index]))
-
-    def batches(self, orders: Sequence[Sequence[torch.Tensor]], size: int) -> Iterator[Batch]:
-        """Yield stacked batches [clients, size, ...], of fewer clients when the last run out.
-
-        Args:
-            orders: for each client, the order of its samples in each epoch; clients with more
-                samples stand first.
-            size: samples per batch; the last one of an epoch may be shorter.
-        """
-        chunks = [
-            [chunk for order in epochs for chunk in rows[order].split(size)]
-            for rows, epochs in zip(self._index, orders, strict=True)
-        ]
-        for number in range(max(len(row) for row in chunks)):
-            yield self._batch([row[number] for row in chunks if number < len(row)])
-
-    def all(self, size: int) -> Iterator[Batch]:
-        """Yield all samples of every client as stacked batches; what is filled up weighs zero."""
-        chunks = [list(rows.split(size)) for rows in self._index]
-        for number in range(max(len(row) for row in chunks)):
-            yield self._batch([row[number] if number < len(row) else row[0][:0] for row in chunks])
-
-    def _batch(self, rows: list[torch.Tensor]) -> Batch:
-        width = max(len(row) for row in rows)
-        device = self._labels.device
-        if all(len(row) == width for row in rows):
-            return take(self._inputs, self._labels, torch.stack(rows).to(device))
-        # A client's own sample fills its batch up: another's may be no number.
-        index = torch.stack([own[:1].expand(width) for own in self._index[: len(rows)]])
-        weights = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
-        index[weights] = torch.cat(rows)
-        filled = take(self._inputs, self._labels, index.to(device))
-        return (*filled, weights.to(device, torch.get_default_dtype()))
 
 
 def _grouped(numbers: Iterable[int], kind: Callable[[int], Hashable]) -> dict[Hashable, list[int]]:
