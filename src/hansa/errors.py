@@ -17,3 +17,8 @@ class InputError(ValueError):
     def __str__(self) -> str:
         text = f"{self.key}: found {self.found}; allowed: {self.allowed}"
         return " ".join(text.split())
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's first line, which may stand in a sentence; its kind where it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -24,6 +24,7 @@ from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from hansa.errors import first_line
 from hansa.federation.methods.base import Work
 from hansa.files import cache_folder
 from hansa.models.task import Batch
@@ -130,15 +131,14 @@ def masked(step: Callable[[Work, Batch], Work]) -> Callable[[Work, Filled], Work
     def one(work: Work, filled: Filled) -> Work:
         inputs, labels, weights, active = filled
         after = step(work, (inputs, labels, weights))
+
+        def kept(tensor: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+            if before is None or tensor is before:
+                return tensor
+            return torch.where(active, tensor, before)
+
         return {
-            group: {
-                name: tensor
-                if tensor is work.get(group, {}).get(name)
-                else torch.where(active, tensor, work[group][name])
-                if name in work.get(group, {})
-                else tensor
-                for name, tensor in tensors.items()
-            }
+            group: {name: kept(t, work.get(group, {}).get(name)) for name, t in tensors.items()}
             for group, tensors in after.items()
         }
 
@@ -218,8 +218,7 @@ class Programs:
         except StepGrowsError:
             found = None
         except Exception as error:  # what a compiler cannot do it says in many ways
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            _log.warning("a step is not compiled: %s", reason)
+            _log.warning("a step is not compiled: %s", first_line(error))
             found = None
         self.pending = {path: key for path, key in self.pending.items() if key != about}
         self._known[about] = found
@@ -375,7 +374,7 @@ def _main(source: Path, path: Path) -> None:
         torch._inductor.aoti_compile_and_package(exported, package_path=str(made))
         made.replace(path)
     except Exception as error:
-        path.with_suffix(".failed").write_text((str(error).strip() or repr(error)).splitlines()[0])
+        path.with_suffix(".failed").write_text(first_line(error))
         raise
     finally:
         made.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ import torch
 from torch.func import vmap
 
 from hansa.data.clients import Client, Split, take
+from hansa.errors import first_line
 from hansa.federation.compiled import Program, Programs, fill, masked
 from hansa.federation.engines.plan import Plan
 from hansa.federation.leaf import (
@@ -350,7 +351,7 @@ def _told(compare: Callable[[Stack, Sequence[Job]], str], stack: Stack, jobs: Se
 
 def _reason(error: Exception) -> str:
     """Return an error as part of a line."""
-    text = (str(error).strip() or repr(error)).splitlines()[0]
+    text = first_line(error)
     if "randomness" in text:
         return "the model draws random numbers while it trains"
     if "data-dependent control flow" in text:

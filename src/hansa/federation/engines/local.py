@@ -337,17 +337,29 @@ class LocalEngine:
         self, window: list[_Asked], visits: list[Visit]
     ) -> Callable[[], list[tuple[Visit, State, Message]]]:
         """Start the round of some children; the call returns what became of them, in order."""
-        stacks = self._stacks(window)
-        calls = [
-            self._workers.train([self._job(ask.path, ask.round, ask.down) for ask in stack])
-            for stack in stacks
-        ]
+        trained = self._start(window, self._workers.train)
 
         def results() -> list[tuple[Visit, State, Message]]:
-            done: dict[str, Trained | DivergedError] = {}
-            for stack, call in zip(stacks, calls, strict=True):
-                done.update(zip((ask.path for ask in stack), call(), strict=True))
+            done = trained()
             return [self._visited(ask, done, visits) for ask in window]
+
+        return results
+
+    def _start(
+        self, window: Sequence[_Asked], work: Callable[[Sequence[Job]], Callable[[], list[T]]]
+    ) -> Callable[[], dict[str, T]]:
+        """Start some work on a window's leaves; the call returns its results by path."""
+        stacks = self._stacks(window)
+        calls = [
+            work([self._job(ask.path, ask.round, ask.down) for ask in stack]) for stack in stacks
+        ]
+
+        def results() -> dict[str, T]:
+            return {
+                ask.path: result
+                for stack, call in zip(stacks, calls, strict=True)
+                for ask, result in zip(stack, call(), strict=True)
+            }
 
         return results
 
@@ -393,16 +405,10 @@ class LocalEngine:
         if not self.tree.is_leaf(first.path):
             child, held = self._node(first.path, node.round), self.store.get(first.path)
             return lambda: self._score(child, self.method.receive(child, held, first.down))
-        stacks = self._stacks(window)
-        calls = [
-            self._workers.score([self._job(ask.path, ask.round, ask.down) for ask in stack])
-            for stack in stacks
-        ]
+        scored = self._start(window, self._workers.score)
 
         def results() -> Iterator[tuple[str, Scores]]:
-            found: dict[str, Scores | DivergedError] = {}
-            for stack, call in zip(stacks, calls, strict=True):
-                found.update(zip((ask.path for ask in stack), call(), strict=True))
+            found = scored()
             for ask in window:
                 scores = found[ask.path]
                 if not isinstance(scores, DivergedError):
