@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hansa.data.clients import Client
-from hansa.federation.engines.local import LocalEngine, RoundResult
+from hansa.federation.engines.engine import RoundResult
+from hansa.federation.engines.local import LocalEngine
 from hansa.federation.message import State
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Setup

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from hansa import bundle
 from hansa.config import RunConfig, load
 from hansa.errors import InputError
-from hansa.federation.engines.local import RoundResult
+from hansa.federation.engines.engine import RoundResult
 from hansa.federation.engines.plan import Plan
 from hansa.federation.history import SCHEMAS, History, tables_of
 from hansa.federation.store import DiskStore

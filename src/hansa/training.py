@@ -11,7 +11,7 @@ from hansa import bundle
 from hansa.config import RunConfig, difference, load
 from hansa.data.federate import FederatedData, federate
 from hansa.errors import InputError
-from hansa.federation.engines.local import RoundResult
+from hansa.federation.engines.engine import RoundResult
 from hansa.federation.federation import Federation
 from hansa.federation.leaf import DivergedError
 from hansa.federation.message import MessageError, Tensors

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hansa.data.clients import Client
-from hansa.federation.engines.local import LocalEngine, RoundResult
+from hansa.federation.engines.engine import RoundResult
+from hansa.federation.engines.local import LocalEngine
 from hansa.federation.engines.plan import Plan
 from hansa.federation.leaf import DivergedError
 from hansa.federation.methods import METHODS, FedSelect, Method

@@ -9,7 +9,8 @@ from torch import nn
 from hansa.data.clients import Client
 from hansa.errors import InputError
 from hansa.federation.engines.choice import Chooser
-from hansa.federation.engines.local import LocalEngine, RoundResult
+from hansa.federation.engines.engine import RoundResult
+from hansa.federation.engines.local import LocalEngine
 from hansa.federation.engines.plan import EngineOptions, Plan
 from hansa.federation.engines.workers import check_sendable
 from hansa.federation.history import History, tables_of

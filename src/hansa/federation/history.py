@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hansa.federation.engines.local import RoundResult
+from hansa.federation.engines.engine import RoundResult
 from hansa.federation.tree import name_of
 
 SCHEMAS: dict[str, pa.Schema] = {

@@ -227,7 +227,7 @@ def test_scoring_draws_from_its_own_stream_and_changes_no_state() -> None:
     with engine(FedAvg(), model=Restless()) as running:
         running.round(1, score=False)
         before = encode(running.state())
-        dict(running._score(running._node("root", 1), running.state()))
+        dict(running.score(running.node("root", 1), running.state()))
         assert encode(running.state()) == before
 
 

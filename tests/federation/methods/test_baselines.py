@@ -156,10 +156,10 @@ def test_fedbabu_trains_the_body_and_tunes_everything() -> None:
 
 def test_fedbabu_can_tune_a_part() -> None:
     federation = engine(FedBABU(tuned=("head.*",)))
-    node = federation._node("root/c0", 1)
+    node = federation.node("root/c0", 1)
     root, method = federation.state(), federation.method
     ((_, down),) = method.dispatch(
-        federation._node(ROOT, 1), root, federation._children(ROOT, ["root/c0"])
+        federation.node(ROOT, 1), root, federation.children(ROOT, ["root/c0"])
     )
     work = method.tune(node, method.receive(node, State(), down))
     after = method.step(federation.setup, work, clients()["c0"].batch("train"), "train")
@@ -347,7 +347,7 @@ def test_lotteryfl_starts_again_from_initial_values_after_pruning() -> None:
     method, path = federation.method, "root/c0"
     node = federation.leaf.node(Job(path, 2, clients()["c0"], State(), Message()))
     ((_, down),) = method.dispatch(
-        federation._node(ROOT, 2), federation.state(), federation._children(ROOT, [path])
+        federation.node(ROOT, 2), federation.state(), federation.children(ROOT, [path])
     )
     state = method.receive(node, federation.state(path), down)
     initial = federation.setup.task.params

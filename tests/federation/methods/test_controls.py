@@ -27,7 +27,7 @@ def test_masks_are_of_equal_size_at_every_moment(kind: type[Base]) -> None:
 
 def test_least_change_takes_the_entries_that_moved_least() -> None:
     method = LeastChange(rate=0.5, limit=1.0)
-    node = engine(method)._node("root", 1)
+    node = engine(method).node("root", 1)
     moved = {"w": torch.tensor([0.4, 0.0, 0.3, 0.1])}
     empty = {"w": torch.zeros(4, dtype=torch.bool)}
     chosen = method.promote(empty, method.rank(node, moved), 0.5)
@@ -40,8 +40,8 @@ def test_random_masks_differ_between_clients_rounds_and_seeds_and_are_reproducib
     one, other = (first.state(f"root/c{k}").group("next") for k in (0, 1))
     assert not same(one, other)
     moved = {"w": torch.zeros(50)}
-    method, node = RandomMask(), first._node("root/c0", 1)
-    later = first._node("root/c0", 2)
+    method, node = RandomMask(), first.node("root/c0", 1)
+    later = first.node("root/c0", 2)
     assert same(method.rank(node, moved), method.rank(node, moved))
     assert not same(method.rank(node, moved), method.rank(later, moved))
 

@@ -162,7 +162,7 @@ def test_masks_grow_stay_under_the_limit_and_outlive_the_broadcast() -> None:
             root = running.state()
             before = {path: running.state(path) for path in paths}
             node = Node(ROOT, number, 0, running.setup)
-            children = running._children(ROOT, paths)
+            children = running.children(ROOT, paths)
             received = {
                 path: method.receive(node, before[path], down)
                 for path, down in method.dispatch(node, root, children)
@@ -394,7 +394,7 @@ def test_values_that_travel_are_the_shared_entries_and_no_others() -> None:
     with federation as running:
         for number in range(1, 9):
             node = Node(ROOT, number, 0, running.setup)
-            children = running._children(ROOT, list(running.tree.leaves()))
+            children = running.children(ROOT, list(running.tree.leaves()))
             for path, down in method.dispatch(node, running.state(), children):
                 used = running.state(path).group("mask").values()
                 zeros = sum(int((~mask).sum()) for mask in used) if used else total

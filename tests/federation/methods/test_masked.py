@@ -186,13 +186,13 @@ def test_statistics_can_follow_the_mask_of_their_layer() -> None:
     torch.testing.assert_close(root[some], mean[some])
     down = dict(
         federation.method.dispatch(
-            federation._node(ROOT, 5),
+            federation.node(ROOT, 5),
             federation.state(),
-            federation._children(ROOT, federation.tree.leaves()),
+            federation.children(ROOT, federation.tree.leaves()),
         )
     )
     for path, state in zip(federation.tree.leaves(), states, strict=True):
-        node = federation._node(path, 5)
+        node = federation.node(path, 5)
         after = federation.method.receive(node, state, down[path])
         scale = state.group("mask")["between.weight"]
         got = after.group("buffers")["between.running_mean"]
@@ -249,7 +249,7 @@ def test_both_ends_agree_on_a_newcomer_s_mask(newcomer: str) -> None:
 def test_a_newcomer_s_selection_is_rewound() -> None:
     method = FedSelect(rate=0.5, newcomer="select", select_epochs=2)
     federation = engine(method, data=clients(3))
-    node = federation._node("root/c0", 3)
+    node = federation.node("root/c0", 3)
     down = next(iter(method.dispatch(node, federation.state(), [Child("root/c0", State())])))[1]
     state = method.receive(node, State(), down)
     work = method.begin(node, state)
@@ -266,7 +266,7 @@ def test_a_newcomer_s_selection_is_rewound() -> None:
     )
     assert same(after["mask"], chosen)
     # A client that was there from the first round on does not select.
-    assert method.stages(node, method.begin(federation._node("root/c0", 1), state), 7) == (
+    assert method.stages(node, method.begin(federation.node("root/c0", 1), state), 7) == (
         ("train", 7),
     )
 
@@ -295,7 +295,7 @@ def test_a_client_that_waits_is_described_by_the_mask_it_would_be_given() -> Non
     method = FedSelect(rate=0.4, limit=0.6, newcomer="majority")
     federation = engine(method, data=clients(4), participation=rules)
     result = run(federation, 3)[-1]
-    given = method.newcomer_mask(federation._node(ROOT, 4), federation.state())
+    given = method.newcomer_mask(federation.node(ROOT, 4), federation.state())
     assert any(held.any() for held in given.values())
     assert same(federation.masks_of("root/c3"), given)
     about = result.scores["root/c3"]["state"]

@@ -1,0 +1,233 @@
+"""What every engine does: rounds over a tree. How a child is reached is the engine's own matter.
+
+An inner node dispatches, its children's replies come back, and it merges them in the order of
+their paths. So a result never depends on which engine carried the messages.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Literal
+
+import torch
+
+from hansa.federation.leaf import Metrics, Scores
+from hansa.federation.message import Message, State
+from hansa.federation.methods.base import Method
+from hansa.federation.node import Child, Node, Reply, Setup
+from hansa.federation.participation import Fate, Participation
+from hansa.federation.store import MemoryStore, Store, link_key
+from hansa.federation.tree import ROOT, Tree
+from hansa.federation.wire import encoded_size
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What became of one child in one round.
+
+    Attributes:
+        path: the child.
+        fate: ``ok``, ``late`` (past the deadline) or ``failed``.
+        down: bytes of the message it was sent, as encoded; 0 for an empty one.
+        up: bytes of its reply; 0 when none came or it was empty.
+        seconds: simulated seconds of its local work; 0 at an inner node.
+        metrics: metrics of its local training as (sum, count).
+        error: why it failed, where that is known.
+    """
+
+    path: str
+    fate: Fate
+    down: int
+    up: int = 0
+    seconds: float = 0.0
+    metrics: Metrics = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What one round did: its visits in path order, and the scores of all leaves if it was scored.
+
+    ``scores`` is leaf -> ``validation``, ``test`` or ``state`` -> metric -> (sum, count), and the
+    root's ``state``. ``pairs`` compares clients (first, second, metric, sum, count): ``accuracy``
+    of the first one's model on the second one's test data, and over the union of two clients'
+    masks what is in both, ``iou`` for the whole model and ``iou:NAME`` for one parameter.
+    ``engine`` says how the work was done.
+    """
+
+    number: int
+    visits: tuple[Visit, ...]
+    scores: Mapping[str, Mapping[str, Metrics]]
+    seconds: float
+    pairs: tuple[tuple[str, str, str, float, float], ...] = ()
+    engine: str = ""
+
+    @property
+    def samples(self) -> float:
+        """Samples that clients trained on, counted once for every step they were part of."""
+        return sum(visit.metrics.get("loss", (0.0, 0.0))[1] for visit in self.visits)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A child that is asked in a round: what it is sent, and what the simulation has in store."""
+
+    path: str
+    round: int
+    down: Message
+    size: int
+    fate: Fate
+    seconds: float
+
+
+class Engine(ABC):
+    """Runs rounds of a method over a tree whose leaves hold data.
+
+    Args:
+        tree: the nodes this engine walks.
+        samples: leaf -> its number of training samples.
+        method: the federated algorithm.
+        setup: what is the same at every node.
+        seed: everything random in the run is derived from it.
+        participation: who is asked, fails or is late.
+        on_failure: whether a client whose loss is no number stops the run or is dropped.
+        top: the node from which the engine walks down.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        samples: Mapping[str, int],
+        method: Method,
+        setup: Setup,
+        seed: int,
+        participation: Participation | None = None,
+        on_failure: Literal["stop", "drop"] = "stop",
+        top: str = ROOT,
+    ) -> None:
+        self.tree, self.samples, self.method, self.setup = tree, samples, method, setup
+        self.seed, self.on_failure, self.top = seed, on_failure, top
+        self.participation = participation or Participation()
+        self.store: Store = MemoryStore()
+        self.rounds_done = 0
+
+    @property
+    @abstractmethod
+    def how(self) -> str:
+        """How the work is done, in words."""
+
+    @abstractmethod
+    def visit(self, node: Node, state: State, visits: list[Visit]) -> State:
+        """Run an inner node's round below it, and return its new state.
+
+        Args:
+            node: the inner node.
+            state: its state after ``receive``.
+            visits: what became of its children is added here.
+        """
+
+    @abstractmethod
+    def score(self, node: Node, state: State) -> Iterable[tuple[str, Scores]]:
+        """Return every leaf's scores below a node; what this sends is not part of the round."""
+
+    def round(self, number: int, score: bool = True, pairs: bool = False) -> RoundResult:
+        """Run one round, counted from 1, and score every leaf after it if asked to.
+
+        Args:
+            number: the round.
+            score: whether to score every leaf.
+            pairs: whether to compare every two clients.
+
+        Raises:
+            DivergedError: a leaf's loss is no number and ``on_failure`` is ``stop``.
+        """
+        start = perf_counter()
+        visits: list[Visit] = []
+        top = self.node(self.top, number)
+        self.visit(top, self.state(self.top), visits)
+        scores = self.scores(top) if score else {}
+        self.rounds_done = number
+        compared = tuple(self.pairs()) if pairs else ()
+        self.store.commit(number)
+        visits.sort(key=lambda visit: visit.path)
+        seconds = perf_counter() - start
+        return RoundResult(number, tuple(visits), scores, seconds, compared, self.how)
+
+    def scores(self, top: Node) -> dict[str, Scores]:
+        """Return every leaf's scores, and the top node's figures about its own state."""
+        state = self.state(top.path)
+        scores = dict(self.score(top, state))
+        if about := self.method.describe(self.setup, state):
+            scores[top.path] = {"state": about}
+        return scores
+
+    def pairs(self) -> Iterable[tuple[str, str, str, float, float]]:
+        """Return how clients compare, two by two, where the engine can tell."""
+        return ()
+
+    def state(self, path: str = ROOT) -> State:
+        """Return a node's state as of now, empty at a node that has not taken part yet."""
+        state = self.store.get(path)
+        return state or (self.method.start_root(self.node(ROOT, 0)) if path == ROOT else state)
+
+    def common(self) -> torch.nn.Module:
+        """Return the common model, as a module of its own."""
+        return self.setup.task.materialise(*self.method.model(self.setup, self.state()))
+
+    def node(self, path: str, number: int) -> Node:
+        """Return a node in a round."""
+        num_children = len(self.tree.children(path))
+        return Node(path, number, self.samples.get(path, 0), self.setup, num_children)
+
+    def children(self, path: str, chosen: Iterable[str]) -> Iterator[Child]:
+        """Return children as their parent sees them."""
+        return (Child(child, self.store.get(link_key(path, child))) for child in chosen)
+
+    def ask(
+        self, node: Node, state: State, present: Sequence[str] | None = None
+    ) -> Iterator[Asked]:
+        """Yield the children that are asked in a round, each with its message and its fate.
+
+        Args:
+            node: the inner node.
+            state: its state.
+            present: the children that may be asked; all of them by default.
+        """
+        children = self.tree.children(node.path) if present is None else present
+        chosen = self.participation.choose(children, self.seed, node.path, node.round)
+        last, size = Message(), 0
+        for path, down in self.method.dispatch(node, state, self.children(node.path, chosen)):
+            batches = -(-self.samples.get(path, 0) // self.setup.training.batch_size)
+            steps = batches * self.method.passes(self.setup)
+            fate, seconds = self.participation.fate(self.seed, path, node.round, steps)
+            if down is not last:  # many children may be sent one and the same message
+                last, size = down, encoded_size(down)
+            yield Asked(path, node.round, down, size, fate, seconds)
+
+    def ask_all(self, node: Node, state: State) -> Iterator[Asked]:
+        """Yield every child with the message it would be sent, to be scored."""
+        children = self.children(node.path, self.tree.children(node.path))
+        sent = self.method.dispatch(node, state, children)
+        return (Asked(path, node.round, down, 0, "ok", 0.0) for path, down in sent)
+
+    def merge(self, node: Node, before: State, replies: Iterable[tuple[str, Message]]) -> State:
+        """Keep what an inner node makes of its children's replies, and return its new state.
+
+        Args:
+            node: the inner node.
+            before: its state when it dispatched.
+            replies: child -> its reply, in path order; one at a time is held.
+        """
+
+        def remembered() -> Iterator[Reply]:
+            for path, reply in replies:
+                key = link_key(node.path, path)
+                link = self.store.get(key)
+                if kept := self.method.remember(node, before, Child(path, link), reply):
+                    self.store.put(key, kept)
+                yield Reply(path, link, reply)
+
+        state = self.method.aggregate(node, before, remembered())
+        self.store.put(node.path, state)
+        return state
