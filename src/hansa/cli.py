@@ -40,14 +40,18 @@ def train(
         list[str] | None, typer.Option("--set", help="Override a key: training.lr=0.1")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="Short for --set engine.kind=...: auto, sequential, flower, ...")
+    ] = "",
     json_: Json = False,
 ) -> None:
     """Train a federation as configured and write its run folder."""
     from hansa.training import train as run_training
 
+    changes = [*(set_ or ()), *([f"engine.kind={engine}"] if engine else [])]
     with _progress() as progress, _told(progress):
         run = run_training(
-            config, overrides=set_ or (), resume=resume, watch=_watch(progress, "training")
+            config, overrides=changes, resume=resume, watch=_watch(progress, "training")
         )
     summary = json.loads((run.path / "summary.json").read_text())
     _print([summary], json_)

@@ -126,15 +126,27 @@ class Federation:
             plan: how earlier rounds were done, for these to be done alike.
         """
         few = len(self._paths) - 1 <= self._compare_up_to
+        if self._options.kind == "flower":
+            yield from self._on_flower(last, first, score_every, few)
+            return
         with self._engine as engine:
             chooser = Chooser(engine, self._options, last + 1 - first)
             engine.use(chooser.choose() if plan is None else chooser.again(plan))
             for number in range(first, last + 1):
                 if number > first and (better := chooser.better()):
                     engine.use(better)
-                due = score_every > 0 and number % score_every == 0
                 ends = number == last
-                yield engine.round(number, score=due or ends, pairs=ends and few)
+                yield engine.round(number, _is_due(number, last, score_every), pairs=ends and few)
+
+    def _on_flower(
+        self, last: int, first: int, score_every: int, pairs: bool
+    ) -> Iterator[RoundResult]:
+        from hansa.federation.engines.flower.simulation import simulation  # needs an extra
+
+        with self._engine as engine, simulation(engine) as simulated:
+            for number in range(first, last + 1):
+                due = _is_due(number, last, score_every)
+                yield simulated.round(number, due, pairs=pairs and number == last)
 
     def run(self, rounds: int, score_every: int = 1) -> History:
         """Run a number of rounds and return what they measured."""
@@ -196,6 +208,11 @@ class Federation:
             rounds: the number of rounds they have behind them.
         """
         self._engine.store, self._engine.rounds_done = store, rounds
+
+
+def _is_due(number: int, last: int, score_every: int) -> bool:
+    """Tell whether a round is scored."""
+    return number == last or (score_every > 0 and number % score_every == 0)
 
 
 def _check_newcomers(participation: Participation, tree: Tree) -> None:

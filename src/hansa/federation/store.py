@@ -80,9 +80,23 @@ class DiskStore:
     file whose round is not above the last committed one; ``recover`` removes the others.
     """
 
-    def __init__(self, folder: Path, committed: int = 0, cache_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        committed: int = 0,
+        cache_bytes: int = 1 << 30,
+        writes: int | None = None,
+    ) -> None:
+        """Open the states as of a round.
+
+        Args:
+            folder: where they lie.
+            committed: the last round that counts; what lies there of later ones is removed.
+            cache_bytes: memory for states, as encoded.
+            writes: the round that is written to, by default the next one.
+        """
         self._folder = folder
-        self._round = committed + 1
+        self._round = committed + 1 if writes is None else writes
         self._limit = cache_bytes
         self._cache: OrderedDict[str, State] = OrderedDict()
         self._sizes: dict[str, int] = {}
@@ -148,6 +162,12 @@ class DiskStore:
             for path in committed[:-1]:
                 path.unlink()
         self._replaced.clear()
+
+    def settle(self) -> None:
+        """Remove every version that a newer one has replaced, in whichever round."""
+        for place in self._places:
+            for path in sorted(place.glob(_VERSION))[:-1]:
+                path.unlink()
 
     def _recover(self, committed: int) -> set[Path]:
         """Remove versions of later rounds; return the folders that still hold one."""

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hansa.errors import InputError
 
 Kind = Literal["sequential", "stacked", "compiled"]
+"""How clients are trained in one place."""
 
 
 class EngineOptions(BaseModel):
@@ -16,9 +17,9 @@ class EngineOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["auto", "sequential", "stacked", "compiled"] = "auto"
+    kind: Literal["auto", "sequential", "stacked", "compiled", "flower"] = "auto"
     """Clients one by one, several at once, several at once by a compiled step, or what a short
-    trial finds fastest."""
+    trial finds fastest; or one by one in Flower's simulation."""
     workers: int = Field(0, ge=0, le=256, strict=True)
     """Processes that train clients; 0 starts one per core where the run is long enough."""
     stack: int | None = Field(None, ge=2, le=4096, strict=True)
@@ -45,12 +46,13 @@ class EngineOptions(BaseModel):
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             found = f"{self.device!r}, where PyTorch sees {torch.cuda.device_count()} CUDA devices"
             raise InputError("engine.device", found, "cpu, or a device that is there")
-        if self.kind == "sequential" and self.stack is not None:
-            raise InputError("engine.stack", f"{self.stack} with kind 'sequential'", "nothing")
-        if self.kind == "sequential" and self.precision != "float32":
-            found = f"{self.precision!r} with kind 'sequential'"
+        one_by_one = self.kind in ("sequential", "flower")
+        if one_by_one and self.stack is not None:
+            raise InputError("engine.stack", f"{self.stack} with kind {self.kind!r}", "nothing")
+        if one_by_one and self.precision != "float32":
+            found = f"{self.precision!r} with kind {self.kind!r}"
             raise InputError("engine.precision", found, "float32, or another kind")
-        if self.kind in ("sequential", "compiled") and device.type != "cpu":
+        if (one_by_one or self.kind == "compiled") and device.type != "cpu":
             raise InputError("engine.kind", f"{self.kind!r} on a GPU", "auto or stacked")
 
 

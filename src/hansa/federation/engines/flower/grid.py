@@ -1,0 +1,164 @@
+"""Requests over Flower's Grid: who is connected, and what comes back."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from hansa.errors import InputError
+from hansa.federation.engines.flower.exchange import Answer, LostError, Request, Ticket
+from hansa.federation.engines.flower.records import TYPES, from_records, to_records
+from hansa.federation.message import MessageError
+from hansa.federation.tree import name_of
+
+_log = logging.getLogger("hansa.flower")
+_PATIENCE = 0.25  # seconds between looks for an answer, growing up to four times as long
+_HELLO = 30.0  # seconds that a node has to say who it is
+_TTL = 43_200.0  # seconds; Flower's own limit for a message and its reply
+
+
+class GridPost:
+    """Reaches children through a SuperLink, each by the path that its node is configured with.
+
+    Args:
+        grid: Flower's.
+        run: what the run is called.
+        children: the paths that may take part.
+        deadline: seconds after which nobody waits for an answer.
+        keys: public key of a node, as the SuperLink reports it -> its path. With keys, a node is
+            who its key says, whatever it claims; without, what it claims.
+        name: what this is called in tables.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        run: str,
+        children: Iterable[str],
+        deadline: float = float("inf"),
+        keys: Mapping[bytes, str] | None = None,
+        name: str = "Flower",
+    ) -> None:
+        self._grid, self._run, self.name = grid, run, name
+        self._children, self._keys = set(children), keys
+        self._ttl = min(_TTL, deadline + 60)
+        self._nodes: dict[int, str] = {}
+        self._refused: set[int] = set()
+        self.facts: dict[str, Mapping[str, str | int]] = {}
+
+    def present(self, children: Sequence[str]) -> list[str]:
+        """Return those of the children whose nodes are connected, in order."""
+        self._meet()
+        there = set(self._nodes.values())
+        return [child for child in children if child in there]
+
+    def wait(self, children: Sequence[str], seconds: float) -> None:
+        """Wait until all of some children are connected.
+
+        Raises:
+            InputError: some of them are not, after that time.
+        """
+        until = time.monotonic() + seconds
+        while len(there := self.present(children)) < len(children):
+            if time.monotonic() > until:
+                missing = ", ".join(name_of(c) for c in children if c not in there)
+                raise InputError(
+                    "nodes", f"none of {missing} after {seconds:g} s", "all nodes connected"
+                )
+            time.sleep(_PATIENCE)
+
+    def send(self, request: Request) -> Ticket:
+        """Hand a request to the SuperLink.
+
+        Raises:
+            LostError: the child is not connected.
+        """
+        nodes = [node for node, path in self._nodes.items() if path == request.path]
+        if not nodes:
+            raise LostError("failed", "not connected")
+        return self._push(request, nodes[0])
+
+    def take(self, ticket: Ticket, until: float) -> Answer:
+        """Wait for an answer.
+
+        Raises:
+            LostError: it is late, or the node failed.
+        """
+        pause = _PATIENCE
+        while True:
+            for message in self._grid.pull_messages([ticket]):
+                return _answer(message)
+            left = until - time.monotonic()
+            if left <= 0:
+                raise LostError("late", "no answer by the deadline")
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 4 * _PATIENCE)
+
+    def _push(self, request: Request, node: int) -> Ticket:
+        message = Message(
+            to_records(request),
+            node,
+            TYPES[request.kind],
+            ttl=self._ttl,
+            group_id=str(request.round),
+        )
+        tickets: list[str | None] = list(self._grid.push_messages([message]))
+        for ticket in tickets:
+            if ticket is not None:
+                return ticket
+        raise LostError("failed", "the SuperLink did not take the request")
+
+    def _meet(self) -> None:
+        """Learn who is behind new nodes, and forget those that are gone."""
+        online = {node.node_id: node.public_key for node in self._grid.get_nodes()}
+        self._nodes = {node: path for node, path in self._nodes.items() if node in online}
+        self._refused &= online.keys()
+        strangers = [n for n in online if n not in self._nodes and n not in self._refused]
+        asked = [(node, self._push(Request("hello", self._run, ""), node)) for node in strangers]
+        until = time.monotonic() + _HELLO
+        for node, ticket in asked:
+            try:
+                answer = self.take(ticket, until)
+                path = self._path(node, online[node], answer)
+            except LostError as error:
+                if error.fate == "failed":  # who is merely slow will be asked again
+                    self._refuse(node, str(error))
+                continue
+            self._nodes[node] = path
+            self.facts[path] = answer.facts
+            _log.info("%s is connected", name_of(path))
+
+    def _path(self, node: int, key: bytes, answer: Answer) -> str:
+        """Return which child a node is.
+
+        Raises:
+            LostError: it is none, or another node is this child already.
+        """
+        path = answer.path
+        if self._keys is not None and self._keys.get(key) != path:
+            raise LostError("failed", f"its key is not that of {path}")
+        if path not in self._children:
+            raise LostError("failed", f"{path} is no part of this federation")
+        if path in self._nodes.values():
+            raise LostError("failed", f"another node is {path} already")
+        return path
+
+    def _refuse(self, node: int, why: str) -> None:
+        self._refused.add(node)
+        _log.warning("node %d is left out: %s", node, why)
+
+
+def _answer(message: Message) -> Answer:
+    """Return the answer in a message of Flower's.
+
+    Raises:
+        LostError: there is none.
+    """
+    if message.has_error():
+        raise LostError("failed", f"{message.error.reason or message.error.code}")
+    try:
+        return from_records(Answer, message.content)
+    except MessageError as error:
+        raise LostError("failed", f"garbage for an answer: {error}") from error

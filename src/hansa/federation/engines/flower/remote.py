@@ -1,0 +1,249 @@
+"""Rounds over children on other machines. What carries the requests is a ``Post``."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hansa.errors import first_line
+from hansa.federation.engines.engine import Asked, Engine, Visit
+from hansa.federation.engines.flower.exchange import Kind, LostError, Post, Request, Ticket
+from hansa.federation.engines.flower.site import decoded, encoded, scores_of
+from hansa.federation.leaf import DivergedError, Scores
+from hansa.federation.message import Message, MessageError, State
+from hansa.federation.methods.base import Method
+from hansa.federation.node import Child, Node, Reply, Setup
+from hansa.federation.participation import Participation
+from hansa.federation.store import link_key
+from hansa.federation.tree import ROOT, Tree, name_of
+
+_log = logging.getLogger("hansa.flower")
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """An inner node whose children are at work."""
+
+    node: Node
+    state: State
+    children: Sequence[tuple[Asked, "Ticket | _Sent | LostError"]]
+    until: float
+
+
+class RemoteEngine(Engine):
+    """Runs rounds over children that are asked by requests.
+
+    All children are asked before the first answer is awaited, and answers are taken in path order,
+    one at a time, so that one reply is held in memory however many children there are. A reply
+    that does not fit the model, or holds what is no number, is left out and named.
+
+    Args:
+        post: carries the requests.
+        run: what the run is called.
+        tree: the nodes this engine walks; its leaves are asked by requests, and may stand for
+            whole federations.
+        samples: leaf -> its number of training samples.
+        method: the federated algorithm.
+        setup: what is the same at every node.
+        seed: everything random in the run is derived from it.
+        participation: who is asked, fails or is late.
+        on_failure: whether a client whose loss is no number stops the run or is dropped.
+        top: the node from which the engine walks down.
+        deadline: seconds from the sending of a node's requests after which answers are late.
+    """
+
+    def __init__(
+        self,
+        post: Post,
+        run: str,
+        tree: Tree,
+        samples: Mapping[str, int],
+        method: Method,
+        setup: Setup,
+        seed: int,
+        participation: Participation | None = None,
+        on_failure: Literal["stop", "drop"] = "stop",
+        top: str = ROOT,
+        deadline: float = float("inf"),
+    ) -> None:
+        super().__init__(tree, samples, method, setup, seed, participation, on_failure, top)
+        self.post, self.run, self.deadline = post, run, deadline
+
+    @property
+    def how(self) -> str:
+        """What carries the requests."""
+        return self.post.name
+
+    def visit(self, node: Node, state: State, visits: list[Visit]) -> State:
+        """Run an inner node's round below it, and return its new state."""
+        return self.take(self.send(node, state), visits)
+
+    def send(self, node: Node, state: State) -> _Sent:
+        """Ask the children of a node, and those of the inner nodes below it that stand here."""
+        children: list[tuple[Asked, Ticket | _Sent | LostError]] = []
+        known, body = self._known(node.path), _Encoder()
+        for ask in self.ask(node, state, self._present(node.path)):
+            if not self.tree.is_leaf(ask.path):
+                child = self.node(ask.path, node.round)
+                received = self.method.receive(child, self.store.get(ask.path), ask.down)
+                children.append((ask, self.send(child, received)))
+            elif ask.fate != "ok":
+                children.append((ask, LostError(ask.fate, "")))
+            else:
+                children.append((ask, self._posted("train", ask, known, body)))
+        return _Sent(node, state, children, time.monotonic() + self.deadline)
+
+    def take(self, sent: _Sent, visits: list[Visit]) -> State:
+        """Merge the answers of a node's children as they come, and return its new state."""
+        known = self._known(sent.node.path)
+        state = self.merge(sent.node, sent.state, self._replies(sent, visits, known))
+        self.store.put(_known_key(sent.node.path), State(scalars=dict(sorted(known.items()))))
+        return state
+
+    def score(self, node: Node, state: State) -> Iterator[tuple[str, Scores]]:
+        """Yield the scores of all that can be reached, in path order."""
+        known, body = self._known(node.path), _Encoder()
+        asked: list[tuple[Asked, Ticket | LostError | Iterator[tuple[str, Scores]]]] = []
+        present = set(self._present(node.path))
+        for ask in self.ask_all(node, state):
+            if not self.tree.is_leaf(ask.path):
+                child = self.node(ask.path, node.round)
+                received = self.method.receive(child, self.store.get(ask.path), ask.down)
+                asked.append((ask, self.score(child, received)))
+            elif ask.path in present:
+                asked.append((ask, self._posted("score", ask, known, body)))
+        until = time.monotonic() + self.deadline
+        for ask, ticket in asked:
+            if isinstance(ticket, Iterator):
+                yield from ticket
+                continue
+            try:
+                if isinstance(ticket, LostError):
+                    raise ticket
+                answer = self.post.take(ticket, until)
+                if answer.status == "diverged" and self.on_failure == "stop":
+                    raise DivergedError(ask.path, ask.round, answer.error)
+                if answer.status != "ok":
+                    raise LostError("failed", answer.error)
+                yield ask.path, scores_of(answer)
+            except LostError as error:
+                self._tell(ask, "no scores", error)
+
+    def end(self) -> None:
+        """Tell all that can be reached that the run is over."""
+        for path in self._present(self.top):
+            if self.tree.is_leaf(path):
+                try:
+                    ticket = self.post.send(Request("end", self.run, path))
+                    self.post.take(ticket, time.monotonic() + min(self.deadline, 60))
+                except LostError as error:
+                    _log.warning("%s was not told of the end: %s", name_of(path), error)
+
+    def _present(self, path: str) -> list[str]:
+        """Return the children that can be asked: inner nodes here, and whoever is connected."""
+        children = self.tree.children(path)
+        away = [child for child in children if self.tree.is_leaf(child)]
+        there = set(self.post.present(away)) if away else set()
+        return [child for child in children if child in there or child not in away]
+
+    def _posted(
+        self, kind: Kind, ask: Asked, known: Mapping[str, int], body: "_Encoder"
+    ) -> Ticket | LostError:
+        request = Request(
+            kind, self.run, ask.path, ask.round, known.get(ask.path, 0), body(ask.down)
+        )
+        try:
+            return self.post.send(request)
+        except LostError as error:
+            return error
+
+    def _replies(
+        self, sent: _Sent, visits: list[Visit], known: dict[str, int]
+    ) -> Iterator[tuple[str, Message]]:
+        for ask, ticket in sent.children:
+            seconds = ask.seconds
+            try:
+                if isinstance(ticket, LostError):
+                    raise ticket
+                if isinstance(ticket, _Sent):
+                    below = self.take(ticket, visits)
+                    reply, metrics = self.method.reply(ticket.node, below), {}
+                    up = len(encoded(reply))
+                else:
+                    answer = self.post.take(ticket, sent.until)
+                    if answer.status == "diverged" and self.on_failure == "stop":
+                        raise DivergedError(ask.path, ask.round, answer.error)
+                    if answer.status != "ok":
+                        raise LostError("failed", answer.error)
+                    reply, metrics = self._sound(sent, ask, answer.body), answer.metrics
+                    up, known[ask.path] = len(answer.body), ask.round
+            except LostError as error:
+                visits.append(
+                    Visit(ask.path, error.fate, ask.size, seconds=seconds, error=str(error))
+                )
+                if str(error):
+                    self._tell(ask, error.fate, error)
+                continue
+            visits.append(Visit(ask.path, "ok", ask.size, up, seconds, metrics))
+            if reply:
+                yield ask.path, reply
+
+    def _sound(self, sent: _Sent, ask: Asked, body: bytes) -> Message:
+        """Return a reply that can be merged.
+
+        Raises:
+            LostError: it cannot.
+        """
+        try:
+            reply = decoded(body)
+            if not reply:
+                return reply
+            _check_finite(reply)
+            # Merged alone, on trial: what a method makes of a reply, only the method can tell.
+            link = self.store.get(link_key(sent.node.path, ask.path))
+            self.method.remember(sent.node, sent.state, Child(ask.path, link), reply)
+            self.method.aggregate(sent.node, sent.state, [Reply(ask.path, link, reply)])
+        except Exception as error:  # bytes from another machine may break a method anywhere
+            raise LostError("failed", f"a reply of no use: {first_line(error)}") from error
+        return reply
+
+    def _known(self, path: str) -> dict[str, int]:
+        """Return child -> the last round whose reply was kept."""
+        return {n: int(v) for n, v in self.store.get(_known_key(path)).scalars.items()}
+
+    def _tell(self, ask: Asked, what: str, error: LostError) -> None:
+        _log.warning("round %d: %s: %s: %s", ask.round, name_of(ask.path), what, error)
+
+
+class _Encoder:
+    """Encodes a message that many children are sent once."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Message, bytes] = (Message(), b"")
+
+    def __call__(self, message: Message) -> bytes:
+        if message is not self._last[0]:
+            self._last = message, encoded(message)
+        return self._last[1]
+
+
+def _check_finite(reply: Message) -> None:
+    """Refuse a reply in which something is no number.
+
+    Raises:
+        MessageError: a tensor or scalar is infinite or NaN.
+    """
+    for group, tensors in reply.groups.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise MessageError(f"{group}/{name} is not finite")
+    for name, value in reply.scalars.items():
+        if isinstance(value, float) and not torch.tensor(value).isfinite():
+            raise MessageError(f"{name} is {value}")
+
+
+def _known_key(path: str) -> str:
+    return f"{path}@"
