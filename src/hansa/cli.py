@@ -140,6 +140,86 @@ def report(
         print(f"report: {page}")
 
 
+deploy = typer.Typer(rich_markup_mode=None, help="Run a federation on machines of its members.")
+app.add_typer(deploy, name="deploy")
+
+
+@deploy.command()
+def init(
+    description: Annotated[Path, typer.Argument(help="A run's configuration, with [deploy].")],
+    folder: Annotated[Path, typer.Argument(help="A new folder, for a folder of every party.")],
+    json_: Json = False,
+) -> None:
+    """Write a folder for every party: settings, certificates, keys, and how to start it."""
+    from hansa.deploy.layout import init as write
+    from hansa.deploy.options import read_deployment
+
+    parties = write(read_deployment(description), folder)
+    if json_:
+        print(json.dumps({"parties": [str(party) for party in parties]}))
+    else:
+        print(f"{len(parties)} parties in {folder}: {', '.join(p.name for p in parties)}")
+        print(f"to try it here: hansa deploy up {folder}")
+
+
+@deploy.command("app")
+def flower_app(
+    config: Annotated[Path, typer.Argument(help="Configuration in TOML.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder for the app.")],
+) -> None:
+    """Write a Flower app that `flwr run` simulates, with a configuration's data and model."""
+    from hansa.deploy.layout import write_app
+    from hansa.deploy.options import read_deployment
+
+    num = write_app(read_deployment(config), folder)
+    print(f"flwr run {folder} --federation-config 'num-supernodes={num}' --stream")
+
+
+@deploy.command()
+def up(folder: Annotated[Path, typer.Argument(help="What `deploy init` wrote.")]) -> None:
+    """Start every party on this machine, for a trial."""
+    from hansa.deploy.trial import up as start_all
+
+    start_all(folder)
+    print(f"started; hansa deploy status {folder} tells how it goes, down ends it")
+
+
+@deploy.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="What `deploy init` wrote.")], json_: Json = False
+) -> None:
+    """Tell how every party of a trial does."""
+    from hansa.deploy.trial import status as look
+
+    rows = look(folder)
+    if json_:
+        print(json.dumps(rows))
+        return
+    table = Table()
+    for name in ("party", "part", "state", "what"):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in ("party", "part", "state", "what")))
+    Console().print(table)
+
+
+@deploy.command()
+def down(folder: Annotated[Path, typer.Argument(help="What `deploy init` wrote.")]) -> None:
+    """Stop every party of a trial."""
+    from hansa.deploy.trial import down as stop_all
+
+    stop_all(folder)
+
+
+@deploy.command()
+def start(party: Annotated[Path, typer.Argument(help="A party's folder.")]) -> None:
+    """Run what one party has to run, until Ctrl-C or SIGTERM."""
+    from hansa.deploy.supervisor import Supervisor
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    Supervisor(party).run()
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the demo's runs.")] = Path("runs/demo"),

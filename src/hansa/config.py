@@ -182,11 +182,11 @@ def _validate(values: dict[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, RunConfig, values) from error
+        raise explain(error, RunConfig, values) from error
     try:
         return config.model_copy(update={"method": METHODS[name].model_validate(options)})
     except ValidationError as error:
-        raise _explain(error, METHODS[name], options, "method.") from error
+        raise explain(error, METHODS[name], options, "method.") from error
 
 
 def _check_texts(value: Any, key: str) -> None:
@@ -201,7 +201,7 @@ def _check_texts(value: Any, key: str) -> None:
         raise InputError(key, repr(value), "text in UTF-8 without null characters")
 
 
-def _explain(
+def explain(
     error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], prefix: str = ""
 ) -> InputError:
     """Return the first thing that is wrong as an error that names key, find and remedy."""

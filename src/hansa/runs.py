@@ -163,16 +163,23 @@ class Run:
         return Plan(**plan) if plan else None
 
     def record(self, result: RoundResult, plan: Plan) -> None:
-        """Make one round permanent: tables, then the checkpoint, then the clearing-up."""
+        """Make one round permanent: tables, then the checkpoint, then the clearing-up.
+
+        A round that is there already is replaced, and what came after it removed.
+        """
         tables = tables_of(result)
         folder = self.path / "parts"
         folder.mkdir(exist_ok=True)
+        again = result.number <= self.round
         for name, table in tables.items():
             _write_table(folder / f"{result.number:08d}-{name}.parquet", table)
         facts = {"round": result.number, "states": self._store.num_states, "plan": vars(plan)}
         self.checkpoint |= facts
         self._write_checkpoint()
-        self.history.add(tables)
+        if again:
+            self.history = History(self._tables())
+        else:
+            self.history.add(tables)
         self._store.prune()
 
     def summary(self) -> dict[str, Any]:

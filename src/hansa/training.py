@@ -95,19 +95,58 @@ class Trial:
         Raises:
             InputError: the path holds something that is no bundle.
         """
-        config = self.config.as_dict()
-        return bundle.write(
+        return write_bundle(
             path,
-            stage=stage,
-            weights=weights,
-            architecture=self.architecture.model_dump(mode="json"),
-            config={key: value for key, value in config.items() if key not in _NOT_PROVENANCE},
-            seed=self.config.seed,
+            stage,
+            weights,
+            metrics,
+            config=self.config,
+            architecture=self.architecture,
             data=self.data.fingerprint,
-            metrics=metrics,
             masks=masks,
             parent=parent or self.parent,
         )
+
+
+def write_bundle(
+    path: Path,
+    stage: str,
+    weights: Tensors,
+    metrics: Mapping[str, Any],
+    *,
+    config: RunConfig,
+    architecture: Architecture,
+    data: str,
+    masks: Tensors | None = None,
+    parent: bundle.Bundle | None = None,
+) -> bundle.Bundle:
+    """Write a model of a run as a bundle with its provenance.
+
+    Raises:
+        InputError: the path holds something that is no bundle.
+    """
+    values = config.as_dict()
+    return bundle.write(
+        path,
+        stage=stage,
+        weights=weights,
+        architecture=architecture.model_dump(mode="json"),
+        config={key: value for key, value in values.items() if key not in _NOT_PROVENANCE},
+        seed=config.seed,
+        data=data,
+        metrics=metrics,
+        masks=masks,
+        parent=parent,
+    )
+
+
+def diverged(config: RunConfig, error: DivergedError) -> InputError:
+    """Return the error that a user can mend, of a loss that is no number."""
+    return InputError(
+        "training.lr",
+        f"{config.training.lr}, with which {error}",
+        "a rate at which the loss stays finite, or on_failure = 'drop'",
+    )
 
 
 def prepare(config: RunConfig, data: FederatedData | None = None) -> Trial:
@@ -156,11 +195,7 @@ def _rounds(run: Run, federation: Federation, watch: Watch | None) -> None:
             if watch is not None:
                 watch(run, result)
     except DivergedError as error:
-        raise InputError(
-            "training.lr",
-            f"{config.training.lr}, with which {error}",
-            "a rate at which the loss stays finite, or on_failure = 'drop'",
-        ) from error
+        raise diverged(config, error) from error
     except MessageError as error:
         raise InputError(
             str(run.path), f"states that do not fit the model ({error})", "the run's own model"

@@ -84,10 +84,10 @@ class Federation:
         ):
             if value not in allowed:
                 raise InputError(key, repr(value), " or ".join(allowed))
-        _check_model(model, clients)
+        check_model(model, clients)
         self.setup = Setup(Task(model), training or Training(), buffers, seed)
         method.check(self.setup, self.tree.depth)
-        _check_batches(model, clients, self.setup.training.batch_size)
+        check_batches(model, clients, self.setup.training.batch_size)
         _check_newcomers(participation or Participation(), self.tree)
         self._compare_up_to = compare_up_to
         self._options = engine or EngineOptions()
@@ -136,7 +136,7 @@ class Federation:
                 if number > first and (better := chooser.better()):
                     engine.use(better)
                 ends = number == last
-                yield engine.round(number, _is_due(number, last, score_every), pairs=ends and few)
+                yield engine.round(number, is_due(number, last, score_every), pairs=ends and few)
 
     def _on_flower(
         self, last: int, first: int, score_every: int, pairs: bool
@@ -145,7 +145,7 @@ class Federation:
 
         with self._engine as engine, simulation(engine) as simulated:
             for number in range(first, last + 1):
-                due = _is_due(number, last, score_every)
+                due = is_due(number, last, score_every)
                 yield simulated.round(number, due, pairs=pairs and number == last)
 
     def run(self, rounds: int, score_every: int = 1) -> History:
@@ -192,7 +192,7 @@ class Federation:
             raise InputError("tree", f"depth {self.tree.depth}", "a flat federation")
         if not client.count("test"):
             raise InputError("client", "no test data", "a client with test data")
-        _check_model(self.setup.task.module, {name: client})
+        check_model(self.setup.task.module, {name: client})
         return self._engine.onboard(name, client, epochs or self.setup.training.epochs)
 
     def _path(self, name: str) -> str:
@@ -210,7 +210,7 @@ class Federation:
         self._engine.store, self._engine.rounds_done = store, rounds
 
 
-def _is_due(number: int, last: int, score_every: int) -> bool:
+def is_due(number: int, last: int, score_every: int) -> bool:
     """Tell whether a round is scored."""
     return number == last or (score_every > 0 and number % score_every == 0)
 
@@ -227,7 +227,7 @@ def _check_newcomers(participation: Participation, tree: Tree) -> None:
         )
 
 
-def _check_model(model: nn.Module, clients: Mapping[str, Client]) -> None:
+def check_model(model: nn.Module, clients: Mapping[str, Client]) -> None:
     """Try the model on the clients' inputs, and their labels against the number of logits."""
     was = model.training
     model.eval()
@@ -252,7 +252,7 @@ def _check_model(model: nn.Module, clients: Mapping[str, Client]) -> None:
         raise InputError("model", "no trainable parameters", "some")
 
 
-def _check_batches(model: nn.Module, clients: Mapping[str, Client], size: int) -> None:
+def check_batches(model: nn.Module, clients: Mapping[str, Client], size: int) -> None:
     """Refuse batches of one sample for layers that normalise over the batch."""
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         return

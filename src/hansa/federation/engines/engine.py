@@ -131,13 +131,16 @@ class Engine(ABC):
     def score(self, node: Node, state: State) -> Iterable[tuple[str, Scores]]:
         """Return every leaf's scores below a node; what this sends is not part of the round."""
 
-    def round(self, number: int, score: bool = True, pairs: bool = False) -> RoundResult:
+    def round(
+        self, number: int, score: bool = True, pairs: bool = False, down: Message | None = None
+    ) -> RoundResult:
         """Run one round, counted from 1, and score every leaf after it if asked to.
 
         Args:
             number: the round.
             score: whether to score every leaf.
             pairs: whether to compare every two clients.
+            down: what the top node was sent, where another stands above it.
 
         Raises:
             DivergedError: a leaf's loss is no number and ``on_failure`` is ``stop``.
@@ -145,7 +148,10 @@ class Engine(ABC):
         start = perf_counter()
         visits: list[Visit] = []
         top = self.node(self.top, number)
-        self.visit(top, self.state(self.top), visits)
+        state = self.state(self.top)
+        if down is not None:
+            state = self.method.receive(top, state, down)
+        self.visit(top, state, visits)
         scores = self.scores(top) if score else {}
         self.rounds_done = number
         compared = tuple(self.pairs()) if pairs else ()

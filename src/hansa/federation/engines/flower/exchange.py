@@ -2,7 +2,8 @@
 
 A request names run, node and round, so that a child can answer it once and recognise it when it
 comes again, and says up to which round its parent has this child's replies. The body is a message
-in Hansa's own encoding.
+in Hansa's own encoding. Nothing here needs PyTorch, which takes seconds to import: Flower starts a
+process for every message.
 """
 
 import json
@@ -10,11 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
 
-from hansa.federation.leaf import Metrics
-from hansa.federation.message import MessageError
-from hansa.federation.participation import Fate
+if TYPE_CHECKING:
+    from hansa.federation.leaf import Metrics
+    from hansa.federation.participation import Fate
 
 Kind = Literal["hello", "train", "score", "end"]
 Status = Literal["ok", "diverged", "refused"]
@@ -22,10 +23,14 @@ VERSION = 1
 """Of requests and answers; both sides must have the same."""
 
 
+class LetterError(ValueError):
+    """Bytes that are no request or answer, or one of another version."""
+
+
 class LostError(Exception):
     """An answer that did not come, or that is of no use."""
 
-    def __init__(self, fate: Fate, why: str) -> None:
+    def __init__(self, fate: "Fate", why: str) -> None:
         super().__init__(why)
         self.fate: Fate = fate
 
@@ -76,7 +81,7 @@ class Answer:
     round: int = 0
     status: Status = "ok"
     error: str = ""
-    metrics: Metrics = field(default_factory=dict)
+    metrics: "Metrics" = field(default_factory=dict)
     facts: Mapping[str, str | int] = field(default_factory=dict)
     body: bytes = b""
 
@@ -127,17 +132,17 @@ def letter(kind: type[Letter], text: str, body: bytes) -> Letter:
     """Return the request or answer that ``about`` and a body stand for.
 
     Raises:
-        MessageError: the text is none, or of another version.
+        LetterError: the text is none, or of another version.
     """
     try:
         facts = json.loads(text)
         version = facts.pop("version")
         if version != VERSION:
-            raise MessageError(f"version {version} of requests and answers is not {VERSION}")
+            raise LetterError(f"version {version} of requests and answers is not {VERSION}")
         made = kind(**facts, body=body)
         _check(made)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise MessageError(f"malformed: {error}") from error
+        raise LetterError(f"malformed: {error}") from error
     return made
 
 
@@ -169,10 +174,10 @@ def from_bytes(kind: type[Letter], data: bytes) -> Letter:
     """Return the request or answer that the bytes stand for.
 
     Raises:
-        MessageError: they stand for none.
+        LetterError: they stand for none.
     """
     text, _, body = data.partition(b"\n")
     try:
         return letter(kind, text.decode(), body)
     except UnicodeDecodeError as error:
-        raise MessageError(f"malformed: {error}") from error
+        raise LetterError(f"malformed: {error}") from error

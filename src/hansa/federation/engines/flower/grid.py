@@ -5,18 +5,18 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from flwr.app import Message
-from flwr.serverapp import Grid
+from flwr.serverapp import Grid as Grid
 
 from hansa.errors import InputError
-from hansa.federation.engines.flower.exchange import Answer, LostError, Request, Ticket
+from hansa.federation.engines.flower.exchange import Answer, LetterError, LostError, Request, Ticket
 from hansa.federation.engines.flower.records import TYPES, from_records, to_records
-from hansa.federation.message import MessageError
-from hansa.federation.tree import name_of
+from hansa.federation.tree import ROOT, name_of
 
 _log = logging.getLogger("hansa.flower")
 _PATIENCE = 0.25  # seconds between looks for an answer, growing up to four times as long
 _HELLO = 30.0  # seconds that a node has to say who it is
-_TTL = 43_200.0  # seconds; Flower's own limit for a message and its reply
+_AGAIN = 3.0  # seconds before a node that could not take part is asked again
+TTL = 43_200.0  # seconds; Flower's own limit for a message and its reply
 
 
 class GridPost:
@@ -25,7 +25,7 @@ class GridPost:
     Args:
         grid: Flower's.
         run: what the run is called.
-        children: the paths that may take part.
+        children: the paths that may take part; None for any directly below the root.
         deadline: seconds after which nobody waits for an answer.
         keys: public key of a node, as the SuperLink reports it -> its path. With keys, a node is
             who its key says, whatever it claims; without, what it claims.
@@ -36,16 +36,18 @@ class GridPost:
         self,
         grid: Grid,
         run: str,
-        children: Iterable[str],
+        children: Iterable[str] | None,
         deadline: float = float("inf"),
         keys: Mapping[bytes, str] | None = None,
         name: str = "Flower",
     ) -> None:
-        self._grid, self._run, self.name = grid, run, name
-        self._children, self._keys = set(children), keys
-        self._ttl = min(_TTL, deadline + 60)
+        self._grid, self.run, self.name = grid, run, name
+        self._children = None if children is None else set(children)
+        self._keys = keys
+        self._ttl = min(TTL, deadline + 60)
         self._nodes: dict[int, str] = {}
         self._refused: set[int] = set()
+        self._again: dict[int, tuple[float, str]] = {}
         self.facts: dict[str, Mapping[str, str | int]] = {}
 
     def present(self, children: Sequence[str]) -> list[str]:
@@ -53,6 +55,26 @@ class GridPost:
         self._meet()
         there = set(self._nodes.values())
         return [child for child in children if child in there]
+
+    def everybody(self) -> list[str]:
+        """Return the paths of all nodes that are connected, in order."""
+        self._meet()
+        return sorted(self._nodes.values())
+
+    def node_of(self, path: str) -> int:
+        """Return the node of a path.
+
+        Raises:
+            LostError: it is not connected.
+        """
+        for node, its in self._nodes.items():
+            if its == path:
+                return node
+        raise LostError("failed", "not connected")
+
+    def path_of(self, node: int) -> str:
+        """Return the path of a node, nothing for one that is not known."""
+        return self._nodes.get(node, "")
 
     def wait(self, children: Sequence[str], seconds: float) -> None:
         """Wait until all of some children are connected.
@@ -75,10 +97,7 @@ class GridPost:
         Raises:
             LostError: the child is not connected.
         """
-        nodes = [node for node, path in self._nodes.items() if path == request.path]
-        if not nodes:
-            raise LostError("failed", "not connected")
-        return self._push(request, nodes[0])
+        return self._push(request, self.node_of(request.path))
 
     def take(self, ticket: Ticket, until: float) -> Answer:
         """Wait for an answer.
@@ -89,7 +108,7 @@ class GridPost:
         pause = _PATIENCE
         while True:
             for message in self._grid.pull_messages([ticket]):
-                return _answer(message)
+                return answer_in(message)
             left = until - time.monotonic()
             if left <= 0:
                 raise LostError("late", "no answer by the deadline")
@@ -97,13 +116,7 @@ class GridPost:
             pause = min(2 * pause, 4 * _PATIENCE)
 
     def _push(self, request: Request, node: int) -> Ticket:
-        message = Message(
-            to_records(request),
-            node,
-            TYPES[request.kind],
-            ttl=self._ttl,
-            group_id=str(request.round),
-        )
+        message = message_of(request, node, self._ttl)
         tickets: list[str | None] = list(self._grid.push_messages([message]))
         for ticket in tickets:
             if ticket is not None:
@@ -115,12 +128,18 @@ class GridPost:
         online = {node.node_id: node.public_key for node in self._grid.get_nodes()}
         self._nodes = {node: path for node, path in self._nodes.items() if node in online}
         self._refused &= online.keys()
-        strangers = [n for n in online if n not in self._nodes and n not in self._refused]
-        asked = [(node, self._push(Request("hello", self._run, ""), node)) for node in strangers]
+        now = time.monotonic()
+        resting = {node for node, (until, _) in self._again.items() if now < until}
+        known = self._nodes.keys() | self._refused | resting
+        strangers = [node for node in online if node not in known]
+        asked = [(node, self._push(Request("hello", self.run, ""), node)) for node in strangers]
         until = time.monotonic() + _HELLO
         for node, ticket in asked:
             try:
                 answer = self.take(ticket, until)
+                if answer.status != "ok":
+                    self._later(node, answer.error)
+                    continue
                 path = self._path(node, online[node], answer)
             except LostError as error:
                 if error.fate == "failed":  # who is merely slow will be asked again
@@ -139,18 +158,40 @@ class GridPost:
         path = answer.path
         if self._keys is not None and self._keys.get(key) != path:
             raise LostError("failed", f"its key is not that of {path}")
-        if path not in self._children:
+        if self._children is None:
+            fits = path.startswith(f"{ROOT}/") and path.count("/") == 1
+        else:
+            fits = path in self._children
+        if not fits:
             raise LostError("failed", f"{path} is no part of this federation")
         if path in self._nodes.values():
             raise LostError("failed", f"another node is {path} already")
         return path
+
+    def _later(self, node: int, why: str) -> None:
+        """Ask a node again after a while: what keeps it from taking part may pass."""
+        if self._again.get(node, (0.0, ""))[1] != why:
+            _log.warning("a node cannot take part: %s", why)
+        self._again[node] = time.monotonic() + _AGAIN, why
 
     def _refuse(self, node: int, why: str) -> None:
         self._refused.add(node)
         _log.warning("node %d is left out: %s", node, why)
 
 
-def _answer(message: Message) -> Answer:
+def message_of(request: Request, node: int, ttl: float = TTL) -> Message:
+    """Return a request as a message of Flower's.
+
+    Args:
+        request: what is asked.
+        node: the node's number.
+        ttl: seconds that the message and its reply are kept.
+    """
+    kind = TYPES[request.kind]
+    return Message(to_records(request), node, kind, ttl=ttl, group_id=str(request.round))
+
+
+def answer_in(message: Message) -> Answer:
     """Return the answer in a message of Flower's.
 
     Raises:
@@ -160,5 +201,5 @@ def _answer(message: Message) -> Answer:
         raise LostError("failed", f"{message.error.reason or message.error.code}")
     try:
         return from_records(Answer, message.content)
-    except MessageError as error:
+    except LetterError as error:
         raise LostError("failed", f"garbage for an answer: {error}") from error

@@ -7,8 +7,14 @@ not sent again.
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from hansa.federation.engines.flower.exchange import Answer, Letter, Request, about, letter
-from hansa.federation.message import MessageError
+from hansa.federation.engines.flower.exchange import (
+    Answer,
+    Letter,
+    LetterError,
+    Request,
+    about,
+    letter,
+)
 
 _NAME = "hansa"
 TYPES = {"train": "train", "score": "evaluate", "hello": "query", "end": "query.end"}
@@ -29,14 +35,14 @@ def from_records(kind: type[Letter], content: RecordDict) -> Letter:
     """Return the request or answer that records stand for.
 
     Raises:
-        MessageError: they stand for none.
+        LetterError: they stand for none.
     """
     try:
         text = content.config_records[_NAME]["about"]
     except KeyError as error:
-        raise MessageError("records that Hansa did not write") from error
+        raise LetterError("records that Hansa did not write") from error
     if not isinstance(text, str):
-        raise MessageError("records that Hansa did not write")
+        raise LetterError("records that Hansa did not write")
     arrays = content.array_records.get("message")
     body = arrays["body"].data if arrays is not None and "body" in arrays else b""
     return letter(kind, text, body)

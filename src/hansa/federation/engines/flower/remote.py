@@ -104,22 +104,29 @@ class RemoteEngine(Engine):
         return state
 
     def score(self, node: Node, state: State) -> Iterator[tuple[str, Scores]]:
-        """Yield the scores of all that can be reached, in path order."""
+        """Return the scores of all that can be reached, in path order."""
+        return self.take_scores(self.send_scores(node, state))
+
+    def send_scores(self, node: Node, state: State) -> list[tuple[Asked, Ticket | LostError]]:
+        """Ask every child of a node, and of the inner nodes below it that stand here."""
         known, body = self._known(node.path), _Encoder()
-        asked: list[tuple[Asked, Ticket | LostError | Iterator[tuple[str, Scores]]]] = []
+        asked: list[tuple[Asked, Ticket | LostError]] = []
         present = set(self._present(node.path))
         for ask in self.ask_all(node, state):
             if not self.tree.is_leaf(ask.path):
                 child = self.node(ask.path, node.round)
                 received = self.method.receive(child, self.store.get(ask.path), ask.down)
-                asked.append((ask, self.score(child, received)))
+                asked += self.send_scores(child, received)
             elif ask.path in present:
                 asked.append((ask, self._posted("score", ask, known, body)))
+        return asked
+
+    def take_scores(
+        self, asked: Sequence[tuple[Asked, Ticket | LostError]]
+    ) -> Iterator[tuple[str, Scores]]:
+        """Yield the scores that ``send_scores`` asked for, as they come."""
         until = time.monotonic() + self.deadline
         for ask, ticket in asked:
-            if isinstance(ticket, Iterator):
-                yield from ticket
-                continue
             try:
                 if isinstance(ticket, LostError):
                     raise ticket

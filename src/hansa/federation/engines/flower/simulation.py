@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 from flwr.simulation import run_simulation
 
 from hansa.data.clients import Client
 from hansa.errors import InputError, first_line
 from hansa.federation.engines.engine import Visit
-from hansa.federation.engines.flower.client import Answering, client_app
+from hansa.federation.engines.flower.apps import Answering, client_app, server_app
 from hansa.federation.engines.flower.grid import GridPost
 from hansa.federation.engines.flower.remote import RemoteEngine
 from hansa.federation.engines.flower.site import LeafWorker, Site
@@ -114,10 +114,8 @@ def _grid(folder: Path, num: int) -> Iterator[Grid]:
     """Yield the Grid of a simulation that runs in a thread until the block ends."""
     came: Queue[Grid | BaseException] = Queue()
     over = threading.Event()
-    server = ServerApp()
 
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
+    def serve(grid: Grid) -> None:
         came.put(grid)
         over.wait()
 
@@ -133,7 +131,9 @@ def _grid(folder: Path, num: int) -> Iterator[Grid]:
                     "log_to_driver": False,
                 },
             }
-            run_simulation(server, client_app(_Nodes(folder)), num, backend_config=options)
+            run_simulation(
+                server_app(serve), client_app(_Nodes(folder)), num, backend_config=options
+            )
         except BaseException as error:  # it must reach the thread that waits
             came.put(error)
 

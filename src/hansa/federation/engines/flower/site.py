@@ -15,7 +15,13 @@ from typing import Protocol
 
 from hansa.data.clients import Client
 from hansa.errors import InputError, first_line
-from hansa.federation.engines.flower.exchange import Answer, Request, from_bytes, to_bytes
+from hansa.federation.engines.flower.exchange import (
+    Answer,
+    LetterError,
+    Request,
+    from_bytes,
+    to_bytes,
+)
 from hansa.federation.engines.plan import Plan
 from hansa.federation.leaf import DivergedError, Job, Leaf, Metrics, Scores
 from hansa.federation.message import Message, MessageError
@@ -106,9 +112,9 @@ class Site:
             facts = {**self._facts, "samples": self._worker.samples}
             return Answer(self.path, facts=facts)
         try:
-            if request.path != self.path or not _RUN.fullmatch(request.run):
-                raise InputError("request", f"{request.path} of {request.run}", self.path)
-            folder = self._folder / request.run
+            if request.path != self.path:
+                raise InputError("request", f"one for {request.path}", self.path)
+            folder = self._folder / check_run(request.run)
             with _locked(folder):
                 if request.kind == "end":
                     self._worker.end()
@@ -118,7 +124,7 @@ class Site:
                 return self._trained(request, folder)
         except DivergedError as error:
             return Answer(self.path, request.round, "diverged", error.what)
-        except (InputError, MessageError, OSError) as error:
+        except (InputError, MessageError, LetterError, OSError) as error:
             return Answer(self.path, request.round, "refused", first_line(error))
 
     def _trained(self, request: Request, folder: Path) -> Answer:
@@ -150,6 +156,17 @@ class Site:
             f"{split}/{name}": pair for split, ms in scores.items() for name, pair in ms.items()
         }
         return Answer(self.path, request.round, metrics=flat)
+
+
+def check_run(run: str) -> str:
+    """Return what a run is called, if a folder may be.
+
+    Raises:
+        InputError: it may not.
+    """
+    if not _RUN.fullmatch(run):
+        raise InputError("run", repr(run), "letters, digits, '.', '_' and '-'")
+    return run
 
 
 def scores_of(answer: Answer) -> Scores:

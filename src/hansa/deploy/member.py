@@ -1,0 +1,134 @@
+"""A client's answers, and the process that gives them: ``python -m hansa.deploy.member FOLDER``."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from hansa.data.clients import SPLITS, Client
+from hansa.data.federate import DataOptions, federate
+from hansa.deploy.charter import Charter
+from hansa.deploy.mailbox import Mailbox
+from hansa.deploy.party import Party, tell
+from hansa.errors import InputError
+from hansa.federation.engines.flower.exchange import Answer, Request
+from hansa.federation.engines.flower.site import LeafWorker, Site, check_run
+from hansa.federation.federation import check_batches, check_model
+from hansa.federation.leaf import Leaf
+from hansa.federation.tree import name_of
+from hansa.files import write_atomic
+
+
+class ClientSite:
+    """A client's answers. Its data are read once for each run.
+
+    Args:
+        charter: the federation it is a member of.
+        path: the client.
+        folder: where its states lie.
+        data: what it holds; its share of the run's data by default.
+    """
+
+    def __init__(
+        self, charter: Charter, path: str, folder: Path, data: DataOptions | None = None
+    ) -> None:
+        self._charter, self._path, self._folder, self._data = charter, path, folder, data
+        self._leaf = Leaf(charter.config.method, charter.setup, charter.config.seed)
+        self._sites: dict[str, Site] = {}
+
+    def answer(self, request: Request) -> Answer:
+        """Return the answer to a request; what cannot be answered is refused in words."""
+        try:
+            if request.run not in self._sites:
+                self._sites = {request.run: self._site(request.run)}
+        except InputError as error:
+            return Answer(self._path, request.round, "refused", str(error))
+        return self._sites[request.run].answer(request)
+
+    def _site(self, run: str) -> Site:
+        client = _client(self._charter, self._path, self._folder / check_run(run), self._data)
+        return Site(self._path, self._folder, LeafWorker(self._path, client, self._leaf))
+
+
+def work(folder: Path) -> None:
+    """Answer what comes into a client's mailbox, until the process is ended.
+
+    Args:
+        folder: the party's.
+
+    Raises:
+        InputError: a party's folder in which something is wrong.
+    """
+    torch.set_num_threads(1)
+    party, mailbox = Party.read(folder), Mailbox(folder / "mailbox")
+    data = DataOptions.model_validate(party.data | {"clients": 1}) if party.data else None
+    site, held = None, b""
+    tell(folder, "worker", state="running", what="nothing asked of it yet")
+    for request in mailbox.requests():
+        if request is None:
+            continue
+        tell(folder, "worker", state="running", what=f"{request.kind}, round {request.round}")
+        try:
+            if site is None or mailbox.charter.read_bytes() != held:
+                held = mailbox.charter.read_bytes()
+                site = ClientSite(Charter.read(mailbox.charter), party.path, folder / "state", data)
+            answer = site.answer(request)
+        except InputError as error:
+            answer = Answer(party.path, request.round, "refused", str(error))
+        mailbox.reply(request, answer)
+        done = "" if answer.status == "ok" else f": {answer.error}"
+        what = f"{request.kind} of round {request.round} {answer.status}{done}"
+        tell(folder, "worker", state="running", what=what)
+
+
+def _client(charter: Charter, path: str, folder: Path, data: DataOptions | None) -> Client:
+    """Return what a client holds, which is read once in a run.
+
+    Raises:
+        InputError: data that cannot be used, or that do not fit the federation's model.
+    """
+    options = charter.config.data if data is None else data
+    about = json.dumps([path, charter.config.seed, options.model_dump(mode="json")])
+    place = folder / f"data-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
+    try:
+        held = load_file(place)
+    except (FileNotFoundError, SafetensorError):
+        client = _read(charter, path, options, own=data is not None)
+        held = {"inputs": client.inputs, "labels": client.labels}
+        held |= {split: torch.from_numpy(client.splits[split]) for split in SPLITS}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(place, save(held))
+    splits = {split: held[split].numpy() for split in SPLITS}
+    return Client(held["inputs"], held["labels"], splits)
+
+
+def _read(charter: Charter, path: str, options: DataOptions, own: bool) -> Client:
+    """Read a client's data, and keep of a shared pool what is its own.
+
+    Raises:
+        InputError: data that cannot be used, or that do not fit the federation's model.
+    """
+    found = federate(options, charter.config.seed)
+    if (found.shape, found.classes) != (charter.shape, charter.classes):
+        raise InputError(
+            f"data of {name_of(path)}",
+            f"inputs of shape {found.shape} in the classes {', '.join(found.classes)}",
+            f"shape {charter.shape} and the classes {', '.join(charter.classes)}",
+        )
+    name = next(iter(found.clients)) if own else name_of(path)
+    if name not in found.clients or (own and len(found.clients) > 1):
+        raise InputError(
+            f"data of {name_of(path)}", ", ".join(list(found.clients)[:3]), "the data of one client"
+        )
+    client = Client.of(*(found.clients[name].batch(s) for s in ("train", "test", "validation")))
+    check_model(charter.setup.task.module, {name: client})
+    check_batches(charter.setup.task.module, {name: client}, charter.config.training.batch_size)
+    return client
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

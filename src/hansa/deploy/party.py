@@ -1,0 +1,96 @@
+"""One organisation's folder: what it runs, with which keys, and how it does."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hansa.errors import InputError
+from hansa.files import write_atomic
+
+FILE = "party.toml"
+VARIABLE = "HANSA_PARTY"
+"""Environment variable that tells Flower's processes which party they work for."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Server(_Section):
+    """The federation that a party runs: its own SuperLink."""
+
+    host: str
+    port: int
+    deadline: float
+    """Seconds after which an answer of a member is late."""
+    wait: float
+    """Seconds that members have to connect before the first round."""
+    bind: str = "127.0.0.1"
+    """Address to listen on: 0.0.0.0 for all of the machine's."""
+
+
+class Upward(_Section):
+    """The federation that a party is a member of: its SuperNode."""
+
+    superlink: str
+    """``host:port`` of the federation's SuperLink."""
+    patience: float
+    """Seconds that a federation below has for its answer; more than its own deadline, and less
+    than that of the federation above."""
+    runtime_port: int = 9094
+    """Port on this machine through which the SuperNode's own processes talk to it."""
+
+
+class Party(_Section):
+    """What stands in a party's ``party.toml``."""
+
+    path: str
+    """Its place in the tree."""
+    server: Server | None = None
+    upward: Upward | None = None
+    data: dict[str, Any] | None = None
+    """A client's own data, as in ``[data]``; its share of the run's data where there is none."""
+
+    def write(self, folder: Path) -> None:
+        """Write it into a party's folder."""
+        (folder / FILE).write_text(tomli_w.dumps(self.model_dump(exclude_none=True)))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Party":
+        """Read it from a party's folder.
+
+        Raises:
+            InputError: no such file, or something in it is wrong.
+        """
+        path = folder / FILE
+        try:
+            values = tomllib.loads(path.read_text("utf-8"))
+            return cls.model_validate(values)
+        except FileNotFoundError as error:
+            raise InputError(str(path), "no such file", "the folder of a party") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise InputError(str(path), f"unreadable ({error})", "TOML") from error
+        except ValidationError as error:
+            from hansa.config import explain  # PyTorch's seconds are for errors only
+
+            raise explain(error, cls, values) from error
+
+
+def tell(folder: Path, part: str, **facts: Any) -> None:
+    """Leave word of how a part of the party does, for ``status`` and the party's own process."""
+    place = folder / "status"
+    place.mkdir(exist_ok=True)
+    write_atomic(place / f"{part}.json", json.dumps(facts))
+
+
+def told(folder: Path, part: str) -> dict[str, Any]:
+    """Return what was told last, nothing where nothing was."""
+    try:
+        facts = json.loads((folder / "status" / f"{part}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

@@ -1,0 +1,242 @@
+"""A federation's server: the rounds of the root, or those that the federation above asks for."""
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hansa.config import RunConfig
+from hansa.deploy.charter import Charter
+from hansa.deploy.mailbox import Mailbox
+from hansa.deploy.party import Server, tell
+from hansa.errors import InputError
+from hansa.federation.aggregation import add_metrics
+from hansa.federation.engines.engine import RoundResult
+from hansa.federation.engines.flower.grid import Grid, GridPost
+from hansa.federation.engines.flower.remote import RemoteEngine
+from hansa.federation.engines.flower.site import Site
+from hansa.federation.engines.plan import Plan
+from hansa.federation.federation import is_due
+from hansa.federation.leaf import DivergedError, Metrics, Scores
+from hansa.federation.message import Message
+from hansa.federation.store import Store
+from hansa.federation.tree import ROOT, name_of
+from hansa.runs import Run
+from hansa.training import diverged, fixed_difference, write_bundle
+
+_log = logging.getLogger("hansa.deploy")
+_PAUSE = 0.5  # seconds between looks for members
+
+
+def serve(
+    charter: Charter,
+    server: Server,
+    folder: Path,
+    grid: Grid,
+    keys: Mapping[bytes, str] | None,
+) -> None:
+    """Run a federation's server until its run is over.
+
+    The root's rounds come from its configuration, those of every other federation from the one
+    above, through a mailbox. Called again after an interruption, it goes on where it was.
+
+    Args:
+        charter: what the federation's members share.
+        server: how long it waits.
+        folder: of the party whose server it is.
+        grid: Flower's.
+        keys: public key -> the member that it belongs to; None where nodes have none.
+
+    Raises:
+        InputError: members that do not connect, a loss that is no number, a run of another
+            configuration.
+    """
+    torch.set_num_threads(1)
+    post = _Server(charter, server, folder, grid, keys)
+    with post.run.claimed(post.run.config, post.facts):
+        post.meet()
+        (post.lead if charter.path == ROOT else post.follow)()
+
+
+class _Server:
+    """A federation's server, its run and its members."""
+
+    def __init__(
+        self,
+        charter: Charter,
+        server: Server,
+        folder: Path,
+        grid: Grid,
+        keys: Mapping[bytes, str] | None,
+    ) -> None:
+        self.charter, self.folder, self.server, config = charter, folder, server, charter.config
+        self.run = open_run(config, folder)
+        token = str(self.run.checkpoint.get("run") or secrets.token_hex(8))
+        self.facts: dict[str, Any] = {
+            "run": token,
+            "data": "held by the parties",
+            "bundle": "none",
+            "clients": len(charter.children),
+            "classes": list(charter.classes),
+        }
+        deadline = server.deadline
+        self.post = GridPost(grid, token, charter.children, deadline, keys)
+        self.engine = RemoteEngine(
+            self.post,
+            token,
+            charter.tree,
+            {},
+            config.method,
+            charter.setup,
+            config.seed,
+            config.participation,
+            config.on_failure,
+            charter.path,
+            deadline,
+        )
+        self.engine.store = self.run.store()
+
+    def meet(self) -> None:
+        """Wait for the members: for all of them before the first round.
+
+        Raises:
+            InputError: some did not connect.
+        """
+        children = self.charter.children
+        until = time.monotonic() + self.server.wait
+        while missing := sorted(set(children) - set(self.post.present(children))):
+            names = ", ".join(name_of(path) for path in missing)
+            self._tell("waiting", f"for {names}")
+            if time.monotonic() > until:
+                if self.run.round == 0 or len(missing) == len(children):
+                    found = f"nothing of {names} after {self.server.wait:g} s"
+                    raise InputError("members", found, "all of them connected at the start")
+                _log.warning("going on without %s", names)
+                break
+            time.sleep(_PAUSE)
+        self.engine.samples = {p: int(f.get("samples", 0)) for p, f in self.post.facts.items()}
+
+    def lead(self) -> None:
+        """Run the rounds of the configuration, and keep the common model."""
+        config, run = self.charter.config, self.run
+        for number in range(run.round + 1, config.rounds + 1):
+            self._somebody()
+            self._tell("running", f"round {number} of {config.rounds}")
+            try:
+                due = is_due(number, config.rounds, config.score_every)
+                result = self.engine.round(number, due)
+            except DivergedError as error:
+                raise diverged(config, error) from error
+            run.record(result, Plan())
+        if not (run.path / "summary.json").exists():
+            self._finish()
+        self._tell("finished", f"after {run.round} rounds: {run.path}")
+
+    def follow(self) -> None:
+        """Answer what the federation above asks, until it says that the run is over."""
+        mailbox = Mailbox(self.folder / "mailbox")
+        worker = FederationWorker(self.engine, self.run)
+        site = Site(self.charter.path, self.folder / "state", worker)
+        self._tell("running", "nothing asked of it yet")
+        for request in mailbox.requests():
+            if request is None:
+                continue
+            if request.kind in ("train", "score"):
+                self._tell("running", f"{request.kind} of round {request.round}")
+            self.engine.run = request.run
+            mailbox.reply(request, site.answer(request))
+            if request.kind == "end":
+                break
+        self.run.finish(None)
+        self._tell("finished", f"after {self.run.round} rounds: {self.run.path}")
+
+    def _finish(self) -> None:
+        config, charter, run = self.charter.config, self.charter, self.run
+        self.engine.end()
+        common = None
+        if config.method.common:
+            metrics = {"scored": config.method.scored, **run.history.summary()["metrics"]}
+            common = write_bundle(
+                run.path / "bundle",
+                "train",
+                self.engine.common().state_dict(),
+                metrics,
+                config=config,
+                architecture=charter.architecture,
+                data=self.facts["data"],
+            )
+        run.finish(common)
+
+    def _somebody(self) -> None:
+        """Wait until a member is connected; a federation outlives an outage of all of them."""
+        while not self.post.present(self.charter.children):
+            self._tell("waiting", "for any of its members")
+            time.sleep(_PAUSE)
+
+    def _tell(self, state: str, what: str) -> None:
+        about = {"state": state, "what": what, "round": self.run.round, "pid": os.getpid()}
+        tell(self.folder, "run", **about)
+
+
+class FederationWorker:
+    """Runs one round of a federation for each that the federation above asks for.
+
+    Args:
+        engine: of the federation.
+        run: where its own tables are kept.
+    """
+
+    samples = 0
+
+    def __init__(self, engine: RemoteEngine, run: Run) -> None:
+        self._engine, self._run = engine, run
+        self._last: RoundResult | None = None
+
+    def train(self, number: int, store: Store, down: Message) -> tuple[Message, Metrics]:
+        """Run a round below, and return what the federation makes of it."""
+        engine, path = self._engine, self._engine.top
+        engine.store = store
+        self._last = engine.round(number, score=False, down=down)
+        self._run.record(self._last, Plan())
+        return engine.method.reply(engine.node(path, number), engine.state(path)), {}
+
+    def score(self, number: int, store: Store, down: Message) -> Scores:
+        """Return the sums of the members' scores; each one's own stand in the federation's run."""
+        engine = self._engine
+        engine.store = store
+        node = engine.node(engine.top, number)
+        found = dict(engine.score(node, engine.method.receive(node, store.get(node.path), down)))
+        if self._last is not None and self._last.number == number:
+            self._run.record(replace(self._last, scores=found), Plan())
+        total: Scores = {}
+        for scores in found.values():
+            for split, metrics in scores.items():
+                add_metrics(total.setdefault(split, {}), metrics)
+        return total
+
+    def end(self) -> None:
+        """Tell the members."""
+        self._engine.end()
+
+
+def open_run(config: RunConfig, folder: Path) -> Run:
+    """Return a party's run, a new one where there is none.
+
+    Raises:
+        InputError: the run that is there is of another configuration.
+    """
+    wanted = config.model_copy(update={"output": str(folder / "runs")})
+    if not (wanted.folder / "config.toml").exists():
+        return Run.create(wanted)
+    run = Run(wanted.folder)
+    if keys := fixed_difference(run.config, wanted):
+        raise InputError(
+            keys[0], f"another value than that of {run.path}", "the same, or another `name`"
+        )
+    return run

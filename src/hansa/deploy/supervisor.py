@@ -1,0 +1,364 @@
+"""What a party runs: a SuperLink with its run, a SuperNode, or both; what dies is started again."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import tomli_w
+
+from hansa.deploy.certificates import check_authority, check_server, public_key
+from hansa.deploy.party import VARIABLE, Party, tell, told
+from hansa.errors import InputError, first_line
+from hansa.federation.engines.flower import QUIET
+from hansa.processes import die_with_parent
+
+_log = logging.getLogger("hansa.deploy")
+_TICK = 0.5  # seconds between looks at the processes
+_REST = 3.0  # seconds before a process that ended is started again
+_HEALTH = 60.0  # seconds that a SuperLink has to come up
+_STOP = 10.0  # seconds that a process has to end when told to
+_CONNECTION = "federation"
+_POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # seconds until a message's process is started
+
+
+class Supervisor:
+    """Keeps a party's processes running until it is told to stop.
+
+    Args:
+        folder: the party's.
+
+    Raises:
+        InputError: what the folder holds cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.party = Party.read(self.folder)
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._rest: dict[str, float] = {}
+        self._submitted = 0.0
+        self._log_start = 0
+
+    def check(self) -> None:
+        """Refuse what is bound to fail, before anything is started.
+
+        Raises:
+            InputError: a certificate, a key or a port that cannot be used.
+        """
+        server, upward = self.party.server, self.party.upward
+        if server is not None:
+            check_server(self.folder / "tls")
+            check_port("server.port", server.bind, server.port)
+            for key in sorted((self.folder / "keys").glob("*.pub")):
+                public_key(key)
+        if upward is not None:
+            check_authority(self.folder / "member" / "superlink-ca.crt")
+            if not (self.folder / "member" / "node.key").is_file():
+                raise InputError(
+                    str(self.folder / "member" / "node.key"), "no such file", "the node's key"
+                )
+            check_port("upward.runtime_port", "127.0.0.1", upward.runtime_port)
+
+    def run(self) -> None:
+        """Run until SIGTERM or SIGINT.
+
+        Raises:
+            InputError: something that starting again would not mend.
+        """
+        for part in ("party", "run", "superlink", "supernode", "worker"):
+            (self.folder / "status" / f"{part}.json").unlink(missing_ok=True)
+        with _stopping() as is_stopped:
+            try:
+                self.check()
+                while not is_stopped():
+                    if self.party.server is not None:
+                        self._superlink()
+                    if self.party.upward is not None:
+                        self._supernode()
+                    time.sleep(_TICK)
+                tell(self.folder, "party", state="stopped", what="")
+            except InputError as error:
+                tell(self.folder, "party", state="failed", what=str(error))
+                raise
+            finally:
+                self._end()
+
+    def _superlink(self) -> None:
+        if not self._is_up("superlink"):
+            self._start("superlink", _superlink_command(self.folder, self.party))
+            self._submitted = 0.0
+            self._await_health()
+            self._register()
+            tell(self.folder, "superlink", state="running", what=self._address)
+        run = told(self.folder, "run")
+        if run.get("state") == "failed":
+            raise InputError("run", run.get("what", "a failure"), f"see {self.folder / 'logs'}")
+        if run.get("state") == "finished":
+            return
+        if not self._submitted:
+            self._submit("its run was not there")
+        elif not run and time.monotonic() - self._submitted > _HEALTH:
+            self._submit("its run did not start")
+        elif run and not is_alive(int(run.get("pid", 0))):
+            self._submit("its process ended")
+
+    def _submit(self, why: str) -> None:
+        """Start the federation's run; it goes on where the one before was."""
+        if told(self.folder, "run"):
+            _log.warning("the run is started again: %s", why)
+        (self.folder / "status" / "run.json").unlink(missing_ok=True)
+        self._flwr("run", str(self.folder / "app"), _CONNECTION)
+        self._submitted = time.monotonic()
+
+    def _register(self) -> None:
+        """Make the members known to the SuperLink; those known from before stay so."""
+        listed = self._flwr("supernode", "list", _CONNECTION)
+        known = {str(node.get("name")) for node in listed.get("nodes", ())}
+        for key in sorted((self.folder / "keys").glob("*.pub")):
+            if key.stem not in known:
+                self._flwr("supernode", "register", str(key), _CONNECTION, "--name", key.stem)
+
+    def _supernode(self) -> None:
+        if self.party.server is None and not self._is_up("worker"):
+            self._start("worker", _worker_command(self.folder))
+        if self._is_up("supernode"):
+            if told(self.folder, "supernode").get("state") != "running" and _has_joined(
+                self.folder / "logs" / "supernode.log", self._log_start
+            ):
+                tell(self.folder, "supernode", state="running", what=self._upward)
+            return
+        why = _probe(self._upward, self.folder / "member" / "superlink-ca.crt")
+        if why:
+            tell(self.folder, "supernode", state="waiting", what=why)
+            return
+        log = self.folder / "logs" / "supernode.log"
+        self._log_start = log.stat().st_size if log.exists() else 0
+        if "supernode" in self._processes:
+            _log.warning("the SuperNode ended (%s) and is started again", self._last_words(log))
+        tell(self.folder, "supernode", state="starting", what=self._last_words(log))
+        self._start("supernode", _supernode_command(self.folder, self.party))
+
+    @property
+    def _upward(self) -> str:
+        return self.party.upward.superlink if self.party.upward else ""
+
+    @property
+    def _address(self) -> str:
+        return f"{self.party.server.host}:{self.party.server.port}" if self.party.server else ""
+
+    def _is_up(self, name: str) -> bool:
+        """Tell whether a process runs, or rests before it may be started again."""
+        process = self._processes.get(name)
+        if process is not None and process.poll() is None:
+            return True
+        if process is None:
+            return False
+        # The first look at a process that ended begins its rest.
+        return time.monotonic() < self._rest.setdefault(name, time.monotonic() + _REST)
+
+    def _start(self, name: str, command: list[str]) -> None:
+        self._rest.pop(name, None)
+        logs = self.folder / "logs"
+        logs.mkdir(exist_ok=True)
+        with (logs / f"{name}.log").open("ab") as log:
+            self._processes[name] = subprocess.Popen(  # noqa: S603 our own command
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder,
+                env=self._environment,
+                preexec_fn=die_with_parent,
+            )
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        home = self.folder / "flower"
+        own = {VARIABLE: str(self.folder), "FLWR_HOME": str(home), "PATH": path}
+        return {**os.environ, **QUIET, **own, "OMP_NUM_THREADS": "1", _POLL: "0.2"}
+
+    def _await_health(self) -> None:
+        """Wait until the SuperLink answers.
+
+        Raises:
+            InputError: it does not.
+        """
+        assert self.party.server is not None  # noqa: S101 for mypy
+        address = f"127.0.0.1:{self.party.server.port}"
+        until = time.monotonic() + _HEALTH
+        while why := _probe(address, self.folder / "tls" / "ca.crt"):
+            ended = self._processes["superlink"].poll() is not None
+            if ended or time.monotonic() > until:
+                found = self._last_words(self.folder / "logs" / "superlink.log") or why
+                raise InputError("SuperLink", f"no answer: {found}", "one that starts")
+            time.sleep(_TICK)
+        home = self.folder / "flower"
+        home.mkdir(exist_ok=True)
+        # A relative path would be taken as one below the folder of this file.
+        connection = {"address": address, "root-certificates": str(self.folder / "tls" / "ca.crt")}
+        (home / "config.toml").write_text(
+            tomli_w.dumps({"superlink": {"default": _CONNECTION, _CONNECTION: connection}})
+        )
+
+    def _flwr(self, *arguments: str) -> dict[str, Any]:
+        """Run one of Flower's commands and return what it says.
+
+        Raises:
+            InputError: it fails.
+        """
+        program = str(Path(sys.executable).with_name("flwr"))
+        try:
+            done = subprocess.run(  # noqa: S603 our own command
+                [program, *arguments, "--format", "json"],
+                capture_output=True,
+                text=True,
+                cwd=self.folder,
+                env=self._environment,
+                timeout=_HEALTH,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            found = f"no answer to `flwr {arguments[0]}` after {_HEALTH:g} s"
+            raise InputError("SuperLink", found, "one that answers") from error
+        try:
+            said: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+        except ValueError as error:
+            words = (done.stderr or done.stdout).strip() or f"status {done.returncode}"
+            found = f"`flwr {' '.join(arguments[:2])}`: {first_line(Exception(words))}"
+            raise InputError("SuperLink", found, "an answer in JSON") from error
+        if not said.get("success"):
+            found = f"`flwr {' '.join(arguments[:2])}`: {said.get('error-message', said)}"
+            raise InputError("SuperLink", found, "success")
+        return said
+
+    def _last_words(self, log: Path) -> str:
+        """Return the last line of a log that says something went wrong, or the last one."""
+        try:
+            lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[-40:]]
+        except OSError:
+            return ""
+        wrong = [line for line in lines if "ERROR" in line or "rror:" in line]
+        return (wrong or [line for line in lines if line] or [""])[-1]
+
+    def _end(self) -> None:
+        for process in self._processes.values():
+            if process.poll() is None:
+                process.terminate()
+        until = time.monotonic() + _STOP
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.1, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def check_port(key: str, host: str, port: int) -> None:
+    """Refuse a port that another program listens on.
+
+    Raises:
+        InputError: it does.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(key, f"{port} ({error.strerror})", "a free port") from error
+
+
+def _superlink_command(folder: Path, party: Party) -> list[str]:
+    assert party.server is not None  # noqa: S101 for mypy
+    tls = folder / "tls"
+    return [
+        str(Path(sys.executable).with_name("flower-superlink")),
+        *("--host", party.server.bind, "--port", str(party.server.port)),
+        *("--ssl-certfile", str(tls / "server.crt"), "--ssl-keyfile", str(tls / "server.key")),
+        *("--ssl-ca-certfile", str(tls / "ca.crt"), "--enable-supernode-auth"),
+        *("--database", str(folder / "superlink.db"), "--disable-runtime-dependency-installation"),
+    ]
+
+
+def _supernode_command(folder: Path, party: Party) -> list[str]:
+    assert party.upward is not None  # noqa: S101 for mypy
+    member = folder / "member"
+    return [
+        str(Path(sys.executable).with_name("flower-supernode")),
+        *("--superlink", party.upward.superlink, "--port", str(party.upward.runtime_port)),
+        *("--root-certificates", str(member / "superlink-ca.crt")),
+        *("--auth-supernode-private-key", str(member / "node.key")),
+    ]
+
+
+def _worker_command(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "hansa.deploy.member", str(folder)]
+
+
+def _probe(address: str, authority: Path) -> str:
+    """Return why a server cannot be reached, nothing where it can.
+
+    Raises:
+        InputError: it shows a certificate that the authority did not sign, or one out of date.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        context = ssl.create_default_context(cafile=str(authority))
+        with (
+            socket.create_connection((host, int(port)), timeout=5) as plain,
+            context.wrap_socket(plain, server_hostname=host),
+        ):
+            return ""
+    except ssl.SSLCertVerificationError as error:
+        found = f"{address} shows a certificate that is refused ({error.verify_message})"
+        raise InputError(str(authority), found, "the certificate of its authority") from error
+    except OSError as error:
+        return f"for {address} ({error.strerror or error})"
+
+
+def _has_joined(log: Path, start: int) -> bool:
+    """Tell whether a SuperNode's log says that the SuperLink took it in."""
+    try:
+        with log.open("rb") as file:
+            file.seek(start)
+            return b"SuperNode ID" in file.read()
+    except OSError:
+        return False
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process runs."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid > 0
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Yield what tells whether SIGTERM or SIGINT has come."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,105 @@
+"""A whole deployment on this machine: started, looked at, stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hansa.deploy.party import FILE, Party, told
+from hansa.deploy.supervisor import Supervisor, is_alive
+from hansa.errors import InputError
+from hansa.files import write_atomic
+
+_STOP = 30.0  # seconds that a party has to end when told to
+_TICK = 0.2
+
+
+def parties(folder: Path) -> list[Path]:
+    """Return the parties' folders, federations before their members.
+
+    Raises:
+        InputError: there are none.
+    """
+    found = {path.parent: Party.read(path.parent) for path in folder.glob(f"*/{FILE}")}
+    if not found:
+        raise InputError(str(folder), "no parties", "a folder of `hansa deploy init`")
+    return sorted(found, key=lambda path: (found[path].path.count("/"), found[path].path))
+
+
+def up(folder: Path) -> None:
+    """Start every party that does not run.
+
+    Raises:
+        InputError: a port, a certificate or a key that cannot be used; then nothing is started.
+    """
+    idle = [party for party in parties(folder) if not is_running(party)]
+    for party in idle:
+        Supervisor(party).check()
+    for party in idle:
+        (party / "logs").mkdir(exist_ok=True)
+        with (party / "logs" / "party.log").open("ab") as log:
+            started = subprocess.Popen(  # noqa: S603 our own command
+                [sys.executable, "-m", "hansa.cli", "deploy", "start", str(party)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        write_atomic(party / ".pid", str(started.pid))
+
+
+def status(folder: Path) -> list[dict[str, Any]]:
+    """Return a row for each part of every party: ``party``, ``part``, ``state``, ``what``."""
+    rows = []
+    for path in parties(folder):
+        running, party = is_running(path), Party.read(path)
+        names = ["superlink", "run"] if party.server else []
+        names += ["supernode"] if party.upward else []
+        names += [] if party.server else ["worker"]
+        failure = told(path, "party")
+        for name in names:
+            facts = told(path, name)
+            state = facts.get("state", "not started")
+            if not running and state != "finished":
+                state = failure.get("state", "stopped" if facts else "not started")
+            row = {"party": path.name, "part": name, "state": state, "what": facts.get("what", "")}
+            if not running and state == "failed":
+                row["what"] = failure.get("what", "")
+            rows.append(row)
+    return rows
+
+
+def down(folder: Path) -> None:
+    """Stop every party, and wait until all of their processes have ended."""
+    running = {party: _pid(party) for party in reversed(parties(folder)) if is_running(party)}
+    for pid in running.values():
+        os.kill(pid, signal.SIGTERM)
+    _await(running.values(), time.monotonic() + _STOP)
+    for party, pid in running.items():
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # each party began a session of its own
+        (party / ".pid").unlink(missing_ok=True)
+
+
+def is_running(party: Path) -> bool:
+    """Tell whether a party that ``up`` started runs."""
+    return is_alive(_pid(party))
+
+
+def _pid(party: Path) -> int:
+    try:
+        return int((party / ".pid").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _await(pids: Iterable[int], until: float) -> None:
+    left = list(pids)
+    while left and time.monotonic() < until:
+        left = [pid for pid in left if is_alive(pid)]
+        time.sleep(_TICK)

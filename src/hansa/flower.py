@@ -1,0 +1,121 @@
+"""Hansa's methods in Flower apps.
+
+``strategy`` and ``client_app`` are for an app of one's own, ``apps`` makes one of a federation's
+settings, as ``hansa deploy`` writes them. PyTorch is imported where it is needed: Flower starts a
+process for every message, and a member's only passes it on to one that stays.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hansa.deploy.mailbox import Mailbox
+from hansa.deploy.party import VARIABLE, Party, Server, tell
+from hansa.errors import InputError, first_line
+from hansa.federation.engines.flower.apps import (
+    Answering,
+    ClientApp,
+    Context,
+    Grid,
+    ServerApp,
+    server_app,
+)
+from hansa.federation.engines.flower.apps import client_app as _client_app
+from hansa.federation.engines.flower.exchange import Answer, Request
+
+if TYPE_CHECKING:
+    from hansa.deploy.charter import Charter
+    from hansa.federation.engines.flower.strategy import HansaStrategy as strategy  # noqa: N813
+    from hansa.federation.engines.flower.strategy import node_app as client_app
+
+__all__ = ["apps", "client_app", "strategy"]
+_HELLO = 5.0  # seconds that what stays has to say that it is there
+
+
+def __getattr__(name: str) -> Any:
+    from hansa.federation.engines.flower import strategy as module
+
+    if name in ("strategy", "client_app"):
+        return module.HansaStrategy if name == "strategy" else module.node_app
+    raise AttributeError(name)
+
+
+class Apps(NamedTuple):
+    """The two apps of a federation."""
+
+    server: ServerApp
+    client: ClientApp
+
+
+def apps(path: str | Path) -> Apps:
+    """Return the apps of a federation, for its server and for its members.
+
+    In a deployment the environment names the party's folder; without one the nodes are simulated,
+    and results lie in the folder that the settings name as ``output``.
+
+    Args:
+        path: the federation's settings, ``federation.toml``.
+    """
+    settings = Path(path)
+
+    def lead(grid: Grid) -> None:
+        from hansa.deploy.charter import Charter
+        from hansa.deploy.serve import serve
+
+        charter = Charter.read(settings)
+        folder, server, keys = _home(charter)
+        try:
+            serve(charter, server, folder, grid, keys)
+        except Exception as error:
+            known = isinstance(error, InputError)
+            what = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+            tell(folder, "run", state="failed", what=what, pid=os.getpid())
+            raise
+
+    def site(context: Context) -> Answering:
+        if VARIABLE in os.environ:
+            return _passing_on(Path(os.environ[VARIABLE]), settings)
+        from hansa.deploy.charter import Charter
+        from hansa.deploy.member import ClientSite
+
+        charter = Charter.read(settings)
+        member = charter.children[int(context.node_config["partition-id"])]
+        return ClientSite(charter, member, Path(charter.config.output) / "state").answer
+
+    return Apps(server_app(lead), _client_app(site))
+
+
+def _home(charter: "Charter") -> tuple[Path, Server, Mapping[bytes, str] | None]:
+    """Return the folder of the party whose server this is, its settings, and its members' keys."""
+    from hansa.deploy.certificates import public_key
+    from hansa.federation.tree import name_of
+
+    if VARIABLE not in os.environ:
+        folder = Path(charter.config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder, Server(host="", port=0, deadline=3600.0, wait=120.0), None
+    folder = Path(os.environ[VARIABLE])
+    server = Party.read(folder).server
+    if server is None:
+        raise InputError(str(folder), "a party without [server]", "that of a federation")
+    keys = {public_key(folder / "keys" / f"{name_of(c)}.pub"): c for c in charter.children}
+    return folder, server, keys
+
+
+def _passing_on(folder: Path, settings: Path) -> Answering:
+    """Return what passes requests on: to a client's worker, or to the federation below."""
+    party, mailbox = Party.read(folder), Mailbox(folder / "mailbox")
+    patience = party.upward.patience if party.upward else _HELLO
+
+    def answer(request: Request) -> Answer:
+        if party.server is None:
+            mailbox.hand_out(settings)
+        seconds = min(patience, _HELLO) if request.kind == "hello" else patience
+        reply = mailbox.ask(request, seconds)
+        if reply is None:
+            late = f"no answer within {seconds:g} s"
+            return Answer(party.path, request.round, "refused", late)
+        return reply
+
+    return answer
