@@ -180,7 +180,7 @@ def up(folder: Annotated[Path, typer.Argument(help="What `deploy init` wrote.")]
     """Start every party on this machine, for a trial."""
     from hansa.deploy.trial import up as start_all
 
-    start_all(folder)
+    start_all(folder, lambda name: print(f"starting {name}", file=sys.stderr))
     print(f"started; hansa deploy status {folder} tells how it goes, down ends it")
 
 

@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from hansa.federation.engines.flower.strategy import node_app as client_app
 
 __all__ = ["apps", "client_app", "strategy"]
-_HELLO = 5.0  # seconds that what stays has to say that it is there
+_HELLO = 60.0  # seconds that what stays has to say that it is there
 
 
 def __getattr__(name: str) -> Any:
+    if name not in ("strategy", "client_app"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from hansa.federation.engines.flower import strategy as module
 
-    if name in ("strategy", "client_app"):
-        return module.HansaStrategy if name == "strategy" else module.node_app
-    raise AttributeError(name)
+    return module.HansaStrategy if name == "strategy" else module.node_app
 
 
 class Apps(NamedTuple):

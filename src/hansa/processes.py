@@ -1,10 +1,8 @@
 """Pools of processes that leave nothing behind, however the main process ends."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -59,12 +57,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
-
-
-def die_with_parent() -> None:
-    """Have this process told to end when the one that started it ends (Linux; elsewhere nothing).
-
-    To be called in a child between fork and exec.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

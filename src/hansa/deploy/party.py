@@ -12,6 +12,8 @@ from hansa.errors import InputError
 from hansa.files import write_atomic
 
 FILE = "party.toml"
+PARTS = ("party", "superlink", "run", "supernode", "worker")
+"""What is told of in a party's ``status/``."""
 VARIABLE = "HANSA_PARTY"
 """Environment variable that tells Flower's processes which party they work for."""
 

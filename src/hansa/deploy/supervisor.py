@@ -1,5 +1,6 @@
 """What a party runs: a SuperLink with its run, a SuperNode, or both; what dies is started again."""
 
+import ctypes
 import json
 import logging
 import os
@@ -18,10 +19,10 @@ from typing import Any
 import tomli_w
 
 from hansa.deploy.certificates import check_authority, check_server, public_key
-from hansa.deploy.party import VARIABLE, Party, tell, told
-from hansa.errors import InputError, first_line
+from hansa.deploy.flwr_commands import answers
+from hansa.deploy.party import PARTS, VARIABLE, Party, tell, told
+from hansa.errors import InputError
 from hansa.federation.engines.flower import QUIET
-from hansa.processes import die_with_parent
 
 _log = logging.getLogger("hansa.deploy")
 _TICK = 0.5  # seconds between looks at the processes
@@ -29,6 +30,7 @@ _REST = 3.0  # seconds before a process that ended is started again
 _HEALTH = 60.0  # seconds that a SuperLink has to come up
 _STOP = 10.0  # seconds that a process has to end when told to
 _CONNECTION = "federation"
+_DATABASE = "superlink.db"
 _POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # seconds until a message's process is started
 
 
@@ -57,6 +59,8 @@ class Supervisor:
             InputError: a certificate, a key or a port that cannot be used.
         """
         server, upward = self.party.server, self.party.upward
+        for part in PARTS:
+            (self.folder / "status" / f"{part}.json").unlink(missing_ok=True)
         if server is not None:
             check_server(self.folder / "tls")
             check_port("server.port", server.bind, server.port)
@@ -76,8 +80,6 @@ class Supervisor:
         Raises:
             InputError: something that starting again would not mend.
         """
-        for part in ("party", "run", "superlink", "supernode", "worker"):
-            (self.folder / "status" / f"{part}.json").unlink(missing_ok=True)
         with _stopping() as is_stopped:
             try:
                 self.check()
@@ -96,10 +98,11 @@ class Supervisor:
 
     def _superlink(self) -> None:
         if not self._is_up("superlink"):
+            is_new = not (self.folder / _DATABASE).exists()
             self._start("superlink", _superlink_command(self.folder, self.party))
             self._submitted = 0.0
             self._await_health()
-            self._register()
+            self._register(is_new)
             tell(self.folder, "superlink", state="running", what=self._address)
         run = told(self.folder, "run")
         if run.get("state") == "failed":
@@ -118,16 +121,24 @@ class Supervisor:
         if told(self.folder, "run"):
             _log.warning("the run is started again: %s", why)
         (self.folder / "status" / "run.json").unlink(missing_ok=True)
-        self._flwr("run", str(self.folder / "app"), _CONNECTION)
+        self._flwr(["run", str(self.folder / "app"), _CONNECTION])
         self._submitted = time.monotonic()
 
-    def _register(self) -> None:
-        """Make the members known to the SuperLink; those known from before stay so."""
-        listed = self._flwr("supernode", "list", _CONNECTION)
-        known = {str(node.get("name")) for node in listed.get("nodes", ())}
-        for key in sorted((self.folder / "keys").glob("*.pub")):
-            if key.stem not in known:
-                self._flwr("supernode", "register", str(key), _CONNECTION, "--name", key.stem)
+    def _register(self, is_new: bool) -> None:
+        """Make the members known to the SuperLink; those known from before stay so.
+
+        Args:
+            is_new: whether it knows nobody yet.
+        """
+        known = set()
+        if not is_new:
+            (listed,) = self._flwr(["supernode", "list", _CONNECTION])
+            known = {str(node.get("name")) for node in listed.get("nodes", ())}
+        keys = [
+            key for key in sorted((self.folder / "keys").glob("*.pub")) if key.stem not in known
+        ]
+        register = ["supernode", "register"]
+        self._flwr(*([*register, str(key), _CONNECTION, "--name", key.stem] for key in keys))
 
     def _supernode(self) -> None:
         if self.party.server is None and not self._is_up("worker"):
@@ -179,7 +190,7 @@ class Supervisor:
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
                 env=self._environment,
-                preexec_fn=die_with_parent,
+                preexec_fn=_die_with_parent,
             )
 
     @property
@@ -187,7 +198,7 @@ class Supervisor:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         home = self.folder / "flower"
         own = {VARIABLE: str(self.folder), "FLWR_HOME": str(home), "PATH": path}
-        return {**os.environ, **QUIET, **own, "OMP_NUM_THREADS": "1", _POLL: "0.2"}
+        return {**os.environ, **QUIET, **own, "OMP_NUM_THREADS": "1", _POLL: "0.5"}
 
     def _await_health(self) -> None:
         """Wait until the SuperLink answers.
@@ -212,35 +223,33 @@ class Supervisor:
             tomli_w.dumps({"superlink": {"default": _CONNECTION, _CONNECTION: connection}})
         )
 
-    def _flwr(self, *arguments: str) -> dict[str, Any]:
-        """Run one of Flower's commands and return what it says.
+    def _flwr(self, *commands: list[str]) -> list[dict[str, Any]]:
+        """Run some of Flower's commands and return what they say.
 
         Raises:
-            InputError: it fails.
+            InputError: one fails.
         """
-        program = str(Path(sys.executable).with_name("flwr"))
+        if not commands:
+            return []
+        program = [sys.executable, "-m", "hansa.deploy.flwr_commands", json.dumps(commands)]
         try:
             done = subprocess.run(  # noqa: S603 our own command
-                [program, *arguments, "--format", "json"],
+                program,
                 capture_output=True,
                 text=True,
                 cwd=self.folder,
                 env=self._environment,
-                timeout=_HEALTH,
+                timeout=_HEALTH + 5 * len(commands),
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            found = f"no answer to `flwr {arguments[0]}` after {_HEALTH:g} s"
+            found = f"no answer to `flwr {commands[0][0]}`"
             raise InputError("SuperLink", found, "one that answers") from error
-        try:
-            said: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
-        except ValueError as error:
-            words = (done.stderr or done.stdout).strip() or f"status {done.returncode}"
-            found = f"`flwr {' '.join(arguments[:2])}`: {first_line(Exception(words))}"
-            raise InputError("SuperLink", found, "an answer in JSON") from error
-        if not said.get("success"):
-            found = f"`flwr {' '.join(arguments[:2])}`: {said.get('error-message', said)}"
-            raise InputError("SuperLink", found, "success")
+        said = answers(done.stdout)
+        failed = [answer for answer in said if not answer.get("success")]
+        if failed or len(said) < len(commands):
+            words = failed[0].get("error-message") if failed else done.stderr[-500:].strip()
+            raise InputError("SuperLink", f"`flwr {commands[0][0]}`: {words}", "success")
         return said
 
     def _last_words(self, log: Path) -> str:
@@ -287,7 +296,7 @@ def _superlink_command(folder: Path, party: Party) -> list[str]:
         *("--host", party.server.bind, "--port", str(party.server.port)),
         *("--ssl-certfile", str(tls / "server.crt"), "--ssl-keyfile", str(tls / "server.key")),
         *("--ssl-ca-certfile", str(tls / "ca.crt"), "--enable-supernode-auth"),
-        *("--database", str(folder / "superlink.db"), "--disable-runtime-dependency-installation"),
+        *("--database", str(folder / _DATABASE), "--disable-runtime-dependency-installation"),
     ]
 
 
@@ -346,6 +355,12 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return pid > 0
+
+
+def _die_with_parent() -> None:
+    """Have a process that is about to start told to end when this one ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from hansa.errors import InputError
 from hansa.files import write_atomic
 
 _STOP = 30.0  # seconds that a party has to end when told to
+_START = 120.0  # seconds that a SuperLink has to start
 _TICK = 0.2
 
 
@@ -31,8 +32,12 @@ def parties(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (found[path].path.count("/"), found[path].path))
 
 
-def up(folder: Path) -> None:
-    """Start every party that does not run.
+def up(folder: Path, watch: Callable[[str], None] = lambda name: None) -> None:
+    """Start every party that does not run: federations, from the root downward, before clients.
+
+    Args:
+        folder: what ``init`` wrote.
+        watch: called with the name of each party that is started.
 
     Raises:
         InputError: a port, a certificate or a key that cannot be used; then nothing is started.
@@ -40,17 +45,41 @@ def up(folder: Path) -> None:
     idle = [party for party in parties(folder) if not is_running(party)]
     for party in idle:
         Supervisor(party).check()
-    for party in idle:
+    depths = {party: Party.read(party).path.count("/") for party in idle}
+    started: dict[Path, subprocess.Popen[bytes]] = {}
+    for number, party in enumerate(idle):
+        if number and depths[party] > depths[idle[number - 1]]:
+            _await_servers(idle[:number], started)
+        watch(party.name)
         (party / "logs").mkdir(exist_ok=True)
         with (party / "logs" / "party.log").open("ab") as log:
-            started = subprocess.Popen(  # noqa: S603 our own command
+            started[party] = subprocess.Popen(  # noqa: S603 our own command
                 [sys.executable, "-m", "hansa.cli", "deploy", "start", str(party)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        write_atomic(party / ".pid", str(started.pid))
+        write_atomic(party / ".pid", str(started[party].pid))
+
+
+def _await_servers(
+    parties: Sequence[Path], started: Mapping[Path, subprocess.Popen[bytes]]
+) -> None:
+    """Wait until the SuperLinks of some parties know their members, which they would turn away.
+
+    Raises:
+        InputError: one of them ends.
+    """
+    waiting = [party for party in parties if Party.read(party).server]
+    until = time.monotonic() + _START
+    while waiting and time.monotonic() < until:
+        for party in waiting:
+            if started[party].poll() is not None:
+                why = told(party, "party").get("what") or f"see {party / 'logs'}"
+                raise InputError(party.name, f"an end at once: {why}", "one that starts")
+        waiting = [p for p in waiting if told(p, "superlink").get("state") != "running"]
+        time.sleep(_TICK)
 
 
 def status(folder: Path) -> list[dict[str, Any]]:

@@ -14,8 +14,7 @@ from hansa.federation.tree import ROOT, name_of
 
 _log = logging.getLogger("hansa.flower")
 _PATIENCE = 0.25  # seconds between looks for an answer, growing up to four times as long
-_HELLO = 30.0  # seconds that a node has to say who it is
-_AGAIN = 3.0  # seconds before a node that could not take part is asked again
+_AGAIN = 10.0  # seconds before a node that could not take part is asked again
 TTL = 43_200.0  # seconds; Flower's own limit for a message and its reply
 
 
@@ -47,7 +46,8 @@ class GridPost:
         self._ttl = min(TTL, deadline + 60)
         self._nodes: dict[int, str] = {}
         self._refused: set[int] = set()
-        self._again: dict[int, tuple[float, str]] = {}
+        self._again: dict[int, float] = {}
+        self._hellos: dict[int, Ticket] = {}
         self.facts: dict[str, Mapping[str, str | int]] = {}
 
     def present(self, children: Sequence[str]) -> list[str]:
@@ -124,59 +124,55 @@ class GridPost:
         raise LostError("failed", "the SuperLink did not take the request")
 
     def _meet(self) -> None:
-        """Learn who is behind new nodes, and forget those that are gone."""
+        """Ask new nodes who they are, take in what they have said, forget those that are gone."""
         online = {node.node_id: node.public_key for node in self._grid.get_nodes()}
-        self._nodes = {node: path for node, path in self._nodes.items() if node in online}
+        for held in (self._nodes, self._hellos, self._again):
+            for node in held.keys() - online.keys():
+                del held[node]
         self._refused &= online.keys()
-        now = time.monotonic()
-        resting = {node for node, (until, _) in self._again.items() if now < until}
-        known = self._nodes.keys() | self._refused | resting
-        strangers = [node for node in online if node not in known]
-        asked = [(node, self._push(Request("hello", self.run, ""), node)) for node in strangers]
-        until = time.monotonic() + _HELLO
-        for node, ticket in asked:
+        known = self._nodes.keys() | self._hellos.keys() | self._again.keys() | self._refused
+        for node in online.keys() - known:
+            self._hellos[node] = self._push(Request("hello", self.run, ""), node)
+        for node, ticket in list(self._hellos.items()):
             try:
-                answer = self.take(ticket, until)
-                if answer.status != "ok":
-                    self._later(node, answer.error)
-                    continue
-                path = self._path(node, online[node], answer)
+                answer = self.take(ticket, 0)
+                self._welcome(node, online[node], answer)
             except LostError as error:
-                if error.fate == "failed":  # who is merely slow will be asked again
-                    self._refuse(node, str(error))
-                continue
-            self._nodes[node] = path
-            self.facts[path] = answer.facts
-            _log.info("%s is connected", name_of(path))
+                if error.fate == "late":
+                    continue
+                self._rest(node, str(error))
+            del self._hellos[node]
+        now = time.monotonic()
+        self._again = {node: until for node, until in self._again.items() if now < until}
 
-    def _path(self, node: int, key: bytes, answer: Answer) -> str:
-        """Return which child a node is.
+    def _welcome(self, node: int, key: bytes, answer: Answer) -> None:
+        """Take in a node that has said who it is, or leave it out for good."""
+        if answer.status != "ok":
+            self._rest(node, answer.error)
+        elif why := self._objection(key, answer.path):
+            self._refused.add(node)
+            _log.warning("node %d is left out: %s", node, why)
+        else:
+            self._nodes[node] = answer.path
+            self.facts[answer.path] = answer.facts
+            _log.info("%s is connected", name_of(answer.path))
 
-        Raises:
-            LostError: it is none, or another node is this child already.
-        """
-        path = answer.path
+    def _objection(self, key: bytes, path: str) -> str:
+        """Return why a node cannot be the child that it says it is; nothing where it can."""
         if self._keys is not None and self._keys.get(key) != path:
-            raise LostError("failed", f"its key is not that of {path}")
+            return f"its key is not that of {path}"
         if self._children is None:
             fits = path.startswith(f"{ROOT}/") and path.count("/") == 1
         else:
             fits = path in self._children
         if not fits:
-            raise LostError("failed", f"{path} is no part of this federation")
-        if path in self._nodes.values():
-            raise LostError("failed", f"another node is {path} already")
-        return path
+            return f"{path} is no part of this federation"
+        return f"another node is {path} already" if path in self._nodes.values() else ""
 
-    def _later(self, node: int, why: str) -> None:
+    def _rest(self, node: int, why: str) -> None:
         """Ask a node again after a while: what keeps it from taking part may pass."""
-        if self._again.get(node, (0.0, ""))[1] != why:
-            _log.warning("a node cannot take part: %s", why)
-        self._again[node] = time.monotonic() + _AGAIN, why
-
-    def _refuse(self, node: int, why: str) -> None:
-        self._refused.add(node)
-        _log.warning("node %d is left out: %s", node, why)
+        _log.warning("node %d cannot take part yet: %s", node, why)
+        self._again[node] = time.monotonic() + _AGAIN
 
 
 def message_of(request: Request, node: int, ttl: float = TTL) -> Message:
