@@ -14,6 +14,8 @@ from hansa.files import write_atomic
 FILE = "party.toml"
 PARTS = ("party", "superlink", "run", "supernode", "worker")
 """What is told of in a party's ``status/``."""
+HOLD = ".hold"
+"""While a file of this name is there, a party's SuperNode is not started."""
 VARIABLE = "HANSA_PARTY"
 """Environment variable that tells Flower's processes which party they work for."""
 

@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ class _Server:
     def follow(self) -> None:
         """Answer what the federation above asks, until it says that the run is over."""
         mailbox = Mailbox(self.folder / "mailbox")
-        worker = FederationWorker(self.engine, self.run)
+        worker = FederationWorker(self.engine, self.run, self._federations)
         site = Site(self.charter.path, self.folder / "state", worker)
         self._tell("running", "nothing asked of it yet")
         for request in mailbox.requests():
@@ -158,7 +158,7 @@ class _Server:
 
     def _finish(self) -> None:
         config, charter, run = self.charter.config, self.charter, self.run
-        self.engine.end()
+        self.engine.end(self._federations)
         common = None
         if config.method.common:
             metrics = {"scored": config.method.scored, **run.history.summary()["metrics"]}
@@ -172,6 +172,11 @@ class _Server:
                 data=self.facts["data"],
             )
         run.finish(common)
+
+    @property
+    def _federations(self) -> list[str]:
+        clients = self.charter.clients
+        return [path for path in self.charter.children if path not in clients]
 
     def _somebody(self) -> None:
         """Wait until a member is connected; a federation outlives an outage of all of them."""
@@ -190,12 +195,13 @@ class FederationWorker:
     Args:
         engine: of the federation.
         run: where its own tables are kept.
+        federations: those of its members that are federations.
     """
 
     samples = 0
 
-    def __init__(self, engine: RemoteEngine, run: Run) -> None:
-        self._engine, self._run = engine, run
+    def __init__(self, engine: RemoteEngine, run: Run, federations: Sequence[str]) -> None:
+        self._engine, self._run, self._federations = engine, run, federations
         self._last: RoundResult | None = None
 
     def train(self, number: int, store: Store, down: Message) -> tuple[Message, Metrics]:
@@ -221,8 +227,8 @@ class FederationWorker:
         return total
 
     def end(self) -> None:
-        """Tell the members."""
-        self._engine.end()
+        """Tell the federations below; a client has nothing to end."""
+        self._engine.end(self._federations)
 
 
 def open_run(config: RunConfig, folder: Path) -> Run:

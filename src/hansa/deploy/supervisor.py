@@ -20,7 +20,7 @@ import tomli_w
 
 from hansa.deploy.certificates import check_authority, check_server, public_key
 from hansa.deploy.flwr_commands import answers
-from hansa.deploy.party import PARTS, VARIABLE, Party, tell, told
+from hansa.deploy.party import HOLD, PARTS, VARIABLE, Party, tell, told
 from hansa.errors import InputError
 from hansa.federation.engines.flower import QUIET
 
@@ -148,6 +148,8 @@ class Supervisor:
                 self.folder / "logs" / "supernode.log", self._log_start
             ):
                 tell(self.folder, "supernode", state="running", what=self._upward)
+            return
+        if (self.folder / HOLD).exists():
             return
         why = _probe(self._upward, self.folder / "member" / "superlink-ca.crt")
         if why:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hansa.deploy.party import FILE, Party, told
+from hansa.deploy.party import FILE, HOLD, Party, told
 from hansa.deploy.supervisor import Supervisor, is_alive
 from hansa.errors import InputError
 from hansa.files import write_atomic
@@ -45,11 +45,11 @@ def up(folder: Path, watch: Callable[[str], None] = lambda name: None) -> None:
     idle = [party for party in parties(folder) if not is_running(party)]
     for party in idle:
         Supervisor(party).check()
-    depths = {party: Party.read(party).path.count("/") for party in idle}
     started: dict[Path, subprocess.Popen[bytes]] = {}
-    for number, party in enumerate(idle):
-        if number and depths[party] > depths[idle[number - 1]]:
-            _await_servers(idle[:number], started)
+    for party in idle:
+        # Its SuperNode would be turned away before the SuperLink knows its members.
+        (party / HOLD).touch()
+    for party in idle:
         watch(party.name)
         (party / "logs").mkdir(exist_ok=True)
         with (party / "logs" / "party.log").open("ab") as log:
@@ -61,24 +61,31 @@ def up(folder: Path, watch: Callable[[str], None] = lambda name: None) -> None:
                 start_new_session=True,
             )
         write_atomic(party / ".pid", str(started[party].pid))
+    _release(folder, idle, started)
 
 
-def _await_servers(
-    parties: Sequence[Path], started: Mapping[Path, subprocess.Popen[bytes]]
+def _release(
+    folder: Path, parties: Sequence[Path], started: Mapping[Path, subprocess.Popen[bytes]]
 ) -> None:
-    """Wait until the SuperLinks of some parties know their members, which they would turn away.
+    """Let each party's SuperNode start once the SuperLink above knows its members.
 
     Raises:
-        InputError: one of them ends.
+        InputError: a party ends.
     """
-    waiting = [party for party in parties if Party.read(party).server]
+    above = {
+        party: folder / (Party.read(party).path.split("/")[-2:-1] or [""])[0] for party in parties
+    }
+    held = list(parties)
     until = time.monotonic() + _START
-    while waiting and time.monotonic() < until:
-        for party in waiting:
-            if started[party].poll() is not None:
+    while held and time.monotonic() < until:
+        for party, process in started.items():
+            if process.poll() is not None:
                 why = told(party, "party").get("what") or f"see {party / 'logs'}"
                 raise InputError(party.name, f"an end at once: {why}", "one that starts")
-        waiting = [p for p in waiting if told(p, "superlink").get("state") != "running"]
+        for party in held:
+            if above[party] == folder or told(above[party], "superlink").get("state") == "running":
+                (party / HOLD).unlink(missing_ok=True)
+        held = [party for party in held if (party / HOLD).exists()]
         time.sleep(_TICK)
 
 

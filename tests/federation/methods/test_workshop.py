@@ -121,9 +121,7 @@ def test_training_starts_from_the_round_s_values_and_not_from_the_selection_s() 
     leaf = Leaf(method, setup, 5)
     client = clients()["c0"]
     node = leaf.node(Job("root/c0", 1, client, State(), Message()))
-    ((_, down),) = method.dispatch(
-        node, federation.state(), federation.children(ROOT, ["root/c0"])
-    )
+    ((_, down),) = method.dispatch(node, federation.state(), federation.children(ROOT, ["root/c0"]))
     state = method.receive(node, State(), down)
     work = method.begin(node, state)
     for _ in range(3):
@@ -192,9 +190,7 @@ def test_adam_starts_afresh_after_every_rewind() -> None:
     federation = engine(workshop(), training=Training(optimizer="adam", lr=0.01, batch_size=3))
     method, setup = federation.method, federation.setup
     node = federation.leaf.node(Job("root/c0", 1, clients()["c0"], State(), Message()))
-    ((_, down),) = method.dispatch(
-        node, federation.state(), federation.children(ROOT, ["root/c0"])
-    )
+    ((_, down),) = method.dispatch(node, federation.state(), federation.children(ROOT, ["root/c0"]))
     state = method.receive(node, State(), down)
     batch = clients()["c0"].batch("train")
     begun = method.begin(node, state)

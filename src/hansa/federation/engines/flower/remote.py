@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,15 +140,18 @@ class RemoteEngine(Engine):
             except LostError as error:
                 self._tell(ask, "no scores", error)
 
-    def end(self) -> None:
-        """Tell all that can be reached that the run is over."""
-        for path in self._present(self.top):
-            if self.tree.is_leaf(path):
-                try:
-                    ticket = self.post.send(Request("end", self.run, path))
-                    self.post.take(ticket, time.monotonic() + min(self.deadline, 60))
-                except LostError as error:
-                    _log.warning("%s was not told of the end: %s", name_of(path), error)
+    def end(self, children: Sequence[str]) -> None:
+        """Tell those of some children that can be reached that the run is over."""
+        tickets = {}
+        for path in self.post.present(children):
+            with suppress(LostError):
+                tickets[path] = self.post.send(Request("end", self.run, path))
+        until = time.monotonic() + self.deadline
+        for path, ticket in tickets.items():
+            try:
+                self.post.take(ticket, until)
+            except LostError as error:
+                _log.warning("%s was not told of the end: %s", name_of(path), error)
 
     def _present(self, path: str) -> list[str]:
         """Return the children that can be asked: inner nodes here, and whoever is connected."""
