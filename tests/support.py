@@ -1,6 +1,9 @@
 """Small federations that tests share: seconds matter, so everything here is tiny."""
 
-from collections.abc import Iterable, Mapping
+import fcntl
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +155,11 @@ def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         "method": {"name": "fedselect", "rate": 0.2},
         **changes,
     }
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Hold what starts many processes to one test at a time, over all of pytest's workers."""
+    with (Path(tempfile.gettempdir()) / "hansa-tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

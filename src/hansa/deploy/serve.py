@@ -59,7 +59,7 @@ def serve(
     """
     torch.set_num_threads(1)
     post = _Server(charter, server, folder, grid, keys)
-    with post.run.claimed(post.run.config, post.facts):
+    with post.run.claimed(post.config, post.facts):
         post.meet()
         (post.lead if charter.path == ROOT else post.follow)()
 
@@ -75,8 +75,9 @@ class _Server:
         grid: Grid,
         keys: Mapping[bytes, str] | None,
     ) -> None:
-        self.charter, self.folder, self.server, config = charter, folder, server, charter.config
-        self.run = open_run(config, folder)
+        self.charter, self.folder, self.server = charter, folder, server
+        config = charter.config.model_copy(update={"output": str(folder / "runs")})
+        self.config, self.run = config, open_run(config)
         token = str(self.run.checkpoint.get("run") or secrets.token_hex(8))
         self.facts: dict[str, Any] = {
             "run": token,
@@ -124,7 +125,7 @@ class _Server:
 
     def lead(self) -> None:
         """Run the rounds of the configuration, and keep the common model."""
-        config, run = self.charter.config, self.run
+        config, run = self.config, self.run
         for number in range(run.round + 1, config.rounds + 1):
             self._somebody()
             self._tell("running", f"round {number} of {config.rounds}")
@@ -157,7 +158,7 @@ class _Server:
         self._tell("finished", f"after {self.run.round} rounds: {self.run.path}")
 
     def _finish(self) -> None:
-        config, charter, run = self.charter.config, self.charter, self.run
+        config, charter, run = self.config, self.charter, self.run
         self.engine.end(self._federations)
         common = None
         if config.method.common:
@@ -231,13 +232,12 @@ class FederationWorker:
         self._engine.end(self._federations)
 
 
-def open_run(config: RunConfig, folder: Path) -> Run:
-    """Return a party's run, a new one where there is none.
+def open_run(wanted: RunConfig) -> Run:
+    """Return the run of a configuration, a new one where there is none.
 
     Raises:
         InputError: the run that is there is of another configuration.
     """
-    wanted = config.model_copy(update={"output": str(folder / "runs")})
     if not (wanted.folder / "config.toml").exists():
         return Run.create(wanted)
     run = Run(wanted.folder)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import tomli_w
 
@@ -30,6 +29,7 @@ _REST = 3.0  # seconds before a process that ended is started again
 _HEALTH = 60.0  # seconds that a SuperLink has to come up
 _STOP = 10.0  # seconds that a process has to end when told to
 _CONNECTION = "federation"
+_TURNED_AWAY = "Exit Code: 305"
 _DATABASE = "superlink.db"
 _POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # seconds until a message's process is started
 
@@ -98,11 +98,10 @@ class Supervisor:
 
     def _superlink(self) -> None:
         if not self._is_up("superlink"):
-            is_new = not (self.folder / _DATABASE).exists()
             self._start("superlink", _superlink_command(self.folder, self.party))
             self._submitted = 0.0
             self._await_health()
-            self._register(is_new)
+            self._register()
             tell(self.folder, "superlink", state="running", what=self._address)
         run = told(self.folder, "run")
         if run.get("state") == "failed":
@@ -124,21 +123,13 @@ class Supervisor:
         self._flwr(["run", str(self.folder / "app"), _CONNECTION])
         self._submitted = time.monotonic()
 
-    def _register(self, is_new: bool) -> None:
-        """Make the members known to the SuperLink; those known from before stay so.
-
-        Args:
-            is_new: whether it knows nobody yet.
-        """
-        known = set()
-        if not is_new:
-            (listed,) = self._flwr(["supernode", "list", _CONNECTION])
-            known = {str(node.get("name")) for node in listed.get("nodes", ())}
-        keys = [
-            key for key in sorted((self.folder / "keys").glob("*.pub")) if key.stem not in known
-        ]
-        register = ["supernode", "register"]
-        self._flwr(*([*register, str(key), _CONNECTION, "--name", key.stem] for key in keys))
+    def _register(self) -> None:
+        """Make the members known to the SuperLink; those known from before stay so."""
+        keys = sorted((self.folder / "keys").glob("*.pub"))
+        self._flwr(
+            *(["supernode", "register", str(key), _CONNECTION, "--name", key.stem] for key in keys),
+            fine="already in use",
+        )
 
     def _supernode(self) -> None:
         if self.party.server is None and not self._is_up("worker"):
@@ -225,14 +216,18 @@ class Supervisor:
             tomli_w.dumps({"superlink": {"default": _CONNECTION, _CONNECTION: connection}})
         )
 
-    def _flwr(self, *commands: list[str]) -> list[dict[str, Any]]:
-        """Run some of Flower's commands and return what they say.
+    def _flwr(self, *commands: list[str], fine: str = "") -> None:
+        """Run some of Flower's commands.
+
+        Args:
+            *commands: their arguments.
+            fine: part of an error message that is as good as success.
 
         Raises:
             InputError: one fails.
         """
         if not commands:
-            return []
+            return
         program = [sys.executable, "-m", "hansa.deploy.flwr_commands", json.dumps(commands)]
         try:
             done = subprocess.run(  # noqa: S603 our own command
@@ -248,11 +243,11 @@ class Supervisor:
             found = f"no answer to `flwr {commands[0][0]}`"
             raise InputError("SuperLink", found, "one that answers") from error
         said = answers(done.stdout)
-        failed = [answer for answer in said if not answer.get("success")]
-        if failed or len(said) < len(commands):
-            words = failed[0].get("error-message") if failed else done.stderr[-500:].strip()
-            raise InputError("SuperLink", f"`flwr {commands[0][0]}`: {words}", "success")
-        return said
+        words = [str(answer.get("error-message")) for answer in said if not answer.get("success")]
+        words = [text for text in words if not fine or fine not in text]
+        if words or len(said) < len(commands):
+            words.append(done.stderr[-500:].strip())
+            raise InputError("SuperLink", f"`flwr {commands[0][0]}`: {words[0]}", "success")
 
     def _last_words(self, log: Path) -> str:
         """Return the last line of a log that says something went wrong, or the last one."""
@@ -260,6 +255,11 @@ class Supervisor:
             lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[-40:]]
         except OSError:
             return ""
+        if any(_TURNED_AWAY in line for line in lines):
+            return (
+                "turned away: the SuperLink does not know its key, or counts it as connected still, "
+                "which lasts a minute after a node has died"
+            )
         wrong = [line for line in lines if "ERROR" in line or "rror:" in line]
         return (wrong or [line for line in lines if line] or [""])[-1]
 

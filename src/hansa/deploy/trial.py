@@ -5,17 +5,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hansa.deploy.party import FILE, HOLD, Party, told
+from hansa.deploy.party import FILE, HOLD, VARIABLE, Party, told
 from hansa.deploy.supervisor import Supervisor, is_alive
 from hansa.errors import InputError
 from hansa.files import write_atomic
 
-_STOP = 30.0  # seconds that a party has to end when told to
+_STOP = 20.0  # seconds that processes have to end when told to
 _START = 120.0  # seconds that a SuperLink has to start
 _TICK = 0.2
 
@@ -115,11 +115,25 @@ def down(folder: Path) -> None:
     running = {party: _pid(party) for party in reversed(parties(folder)) if is_running(party)}
     for pid in running.values():
         os.kill(pid, signal.SIGTERM)
-    _await(running.values(), time.monotonic() + _STOP)
-    for party, pid in running.items():
-        with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # each party began a session of its own
+    _await(lambda: not any(map(is_running, running)))
+    # Some of Flower's processes are in sessions of their own, and end a little later.
+    _await(lambda: not any(map(processes, parties(folder))))
+    for party in parties(folder):
+        for pid in processes(party):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    for party in running:
         (party / ".pid").unlink(missing_ok=True)
+
+
+def processes(party: Path) -> list[int]:
+    """Return the processes that work for a party, by their environment (Linux; elsewhere none)."""
+    wanted, found = f"{VARIABLE}={party.resolve()}".encode(), []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if wanted in (place / "environ").read_bytes().split(b"\0"):
+                found.append(int(place.name))
+    return found
 
 
 def is_running(party: Path) -> bool:
@@ -134,8 +148,7 @@ def _pid(party: Path) -> int:
         return 0
 
 
-def _await(pids: Iterable[int], until: float) -> None:
-    left = list(pids)
-    while left and time.monotonic() < until:
-        left = [pid for pid in left if is_alive(pid)]
+def _await(what: Callable[[], bool]) -> None:
+    until = time.monotonic() + _STOP
+    while not what() and time.monotonic() < until:
         time.sleep(_TICK)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid as Grid
@@ -14,8 +15,29 @@ from hansa.federation.tree import ROOT, name_of
 
 _log = logging.getLogger("hansa.flower")
 _PATIENCE = 0.25  # seconds between looks for an answer, growing up to four times as long
+_LOOK = 2.0  # seconds between looks whether a node that is awaited has died
+_GONE = -1  # the number of no node
 _AGAIN = 10.0  # seconds before a node that could not take part is asked again
 TTL = 43_200.0  # seconds; Flower's own limit for a message and its reply
+
+
+@dataclass
+class _Out:
+    """A request on its way.
+
+    Attributes:
+        request: what is asked.
+        node: whom.
+        since: when that node connected.
+        message: Flower's number of the message.
+        left: how often it may be sent again.
+    """
+
+    request: Request
+    node: int
+    since: str
+    message: str
+    left: int = 3
 
 
 class GridPost:
@@ -47,7 +69,9 @@ class GridPost:
         self._nodes: dict[int, str] = {}
         self._refused: set[int] = set()
         self._again: dict[int, float] = {}
-        self._hellos: dict[int, Ticket] = {}
+        self._hellos: dict[int, str] = {}
+        self._online: dict[int, str] = {}
+        self._out: dict[Ticket, _Out] = {}
         self.facts: dict[str, Mapping[str, str | int]] = {}
 
     def present(self, children: Sequence[str]) -> list[str]:
@@ -97,23 +121,45 @@ class GridPost:
         Raises:
             LostError: the child is not connected.
         """
-        return self._push(request, self.node_of(request.path))
+        ticket = self._push(request, node := self.node_of(request.path))
+        self._out[ticket] = _Out(request, node, self._online[node], ticket)
+        return ticket
 
     def take(self, ticket: Ticket, until: float) -> Answer:
         """Wait for an answer.
 
+        What Flower has handed to a node is lost when the node dies. So a node that has connected
+        anew since is sent the request again; whoever has answered it already answers the same.
+
         Raises:
             LostError: it is late, or the node failed.
         """
-        pause = _PATIENCE
+        out, pause, looked = self._out.pop(ticket), _PATIENCE, time.monotonic()
         while True:
-            for message in self._grid.pull_messages([ticket]):
-                return answer_in(message)
+            for message in self._grid.pull_messages([out.message]):
+                if not message.has_error() or out.left <= 0:
+                    return answer_in(message)
+                _log.warning("%s: %s", name_of(out.request.path), message.error.reason)
+                out.node = _GONE
             left = until - time.monotonic()
             if left <= 0:
                 raise LostError("late", "no answer by the deadline")
+            if time.monotonic() > looked + _LOOK:
+                self._send_again(out)
+                looked = time.monotonic()
             time.sleep(min(pause, left))
             pause = min(2 * pause, 4 * _PATIENCE)
+
+    def _send_again(self, out: "_Out") -> None:
+        """Send a request again if its node has connected anew since."""
+        self._meet()
+        node = next((n for n, path in self._nodes.items() if path == out.request.path), None)
+        if node is None or out.left <= 0:
+            return
+        if (node, self._online[node]) != (out.node, out.since):
+            _log.warning("%s is asked again", name_of(out.request.path))
+            out.node, out.since, out.left = node, self._online[node], out.left - 1
+            out.message = self._push(out.request, node)
 
     def _push(self, request: Request, node: int) -> Ticket:
         message = message_of(request, node, self._ttl)
@@ -125,7 +171,9 @@ class GridPost:
 
     def _meet(self) -> None:
         """Ask new nodes who they are, take in what they have said, forget those that are gone."""
-        online = {node.node_id: node.public_key for node in self._grid.get_nodes()}
+        nodes = list(self._grid.get_nodes())
+        online = {node.node_id: node.public_key for node in nodes}
+        self._online = {node.node_id: node.last_activated_at for node in nodes}
         for held in (self._nodes, self._hellos, self._again):
             for node in held.keys() - online.keys():
                 del held[node]
@@ -135,11 +183,11 @@ class GridPost:
             self._hellos[node] = self._push(Request("hello", self.run, ""), node)
         for node, ticket in list(self._hellos.items()):
             try:
-                answer = self.take(ticket, 0)
-                self._welcome(node, online[node], answer)
-            except LostError as error:
-                if error.fate == "late":
+                said = list(self._grid.pull_messages([ticket]))
+                if not said:
                     continue
+                self._welcome(node, online[node], answer_in(said[0]))
+            except LostError as error:
                 self._rest(node, str(error))
             del self._hellos[node]
         now = time.monotonic()

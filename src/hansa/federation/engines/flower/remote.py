@@ -87,12 +87,12 @@ class RemoteEngine(Engine):
         children: list[tuple[Asked, Ticket | _Sent | LostError]] = []
         known, body = self._known(node.path), _Encoder()
         for ask in self.ask(node, state, self._present(node.path)):
-            if not self.tree.is_leaf(ask.path):
+            if ask.fate != "ok":
+                children.append((ask, LostError(ask.fate, "")))
+            elif not self.tree.is_leaf(ask.path):
                 child = self.node(ask.path, node.round)
                 received = self.method.receive(child, self.store.get(ask.path), ask.down)
                 children.append((ask, self.send(child, received)))
-            elif ask.fate != "ok":
-                children.append((ask, LostError(ask.fate, "")))
             else:
                 children.append((ask, self._posted("train", ask, known, body)))
         return _Sent(node, state, children, time.monotonic() + self.deadline)

@@ -1,0 +1,355 @@
+"""Real SuperLinks, SuperNodes and gateways on the loopback. Slow: a dozen processes each."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from PIL import Image
+
+from hansa.bundle import read_bundle
+from hansa.deploy.certificates import write_node_key
+from hansa.deploy.party import told
+from hansa.deploy.trial import down, parties, processes, up
+from hansa.federation.engines.flower.exchange import Answer, Request, from_bytes, to_bytes
+from hansa.federation.store import DiskStore
+from hansa.files import write_atomic
+from hansa.runs import Run
+from hansa.training import train
+from support import alone, same
+
+BIN = Path(sys.executable).parent
+PATIENCE = 120.0
+
+
+def ports(num: int) -> int:
+    """The first of some free ports in a row."""
+    start = 20000 + os.getpid() % 20000
+    while True:
+        try:
+            for port in (*range(start, start + 8), *range(start + 1000, start + 1000 + num)):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            return start
+        except OSError:
+            start += 50
+
+
+def init(folder: Path, description: dict[str, Any]) -> Path:
+    path = folder / "description.toml"
+    path.write_text(tomli_w.dumps(description))
+    place = folder / "parties"
+    done = subprocess.run(
+        [BIN / "hansa", "deploy", "init", path, place], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def until(what: Callable[[], bool], about: str, place: Path, patience: float = PATIENCE) -> None:
+    end = time.monotonic() + patience
+    while not what():
+        if time.monotonic() > end:
+            states = {
+                str(path.relative_to(place)): path.read_text()
+                for path in sorted(place.glob("*/status/*.json"))
+            }
+            raise AssertionError(f"not {about}: {json.dumps(states, indent=1)}")
+        time.sleep(0.2)
+
+
+def finished(party: Path) -> Callable[[], bool]:
+    def is_over() -> bool:
+        state = told(party, "run").get("state")
+        assert state != "failed", told(party, "run")
+        return state == "finished"
+
+    return is_over
+
+
+def at_work(party: Path, number: int) -> Callable[[], bool]:
+    """Whether a federation's run has begun a round."""
+    text = f"round {number}"
+    return lambda: text in told(party, "run").get("what", "")
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def named(pids: list[int], text: str) -> list[int]:
+    found = []
+    for pid in pids:
+        try:
+            if text.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Path]]:
+    """Start deployments, and end every process of theirs."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    places: list[Path] = []
+
+    def start(description: dict[str, Any]) -> Path:
+        places.append(init(tmp_path, description))
+        up(places[-1])
+        return places[-1]
+
+    with alone():
+        try:
+            yield start
+        finally:
+            for place in places:
+                down(place)
+                for party in parties(place):
+                    for log in (party / "logs").glob("*.log"):
+                        print(f"==> {log}", log.read_text(errors="replace")[-1500:], sep="\n")
+                left = [pid for party in parties(place) for pid in processes(party)]
+                kill(left)
+                assert not left
+
+
+def gray(folder: Path, value: int) -> None:
+    """A client's images: of its own value, and of the value that pulls nowhere."""
+    for name, level in (("pulls", value), ("rests", 255)):
+        (folder / name).mkdir(parents=True)
+        for k in range(4):
+            Image.new("L", (2, 2), level).save(folder / name / f"{k}.png")
+
+
+TARGETS = {"north": {"n1": 0, "n2": 4}, "south": {"s1": 8, "s2": 12}}
+
+
+def test_a_federation_of_federations_gives_the_hand_computed_number(running, tmp_path) -> None:
+    """Passes halfway to 0, 4, 8, 12 with a mean at each level: 3, then 4.5, then 5.25.
+
+    In the second pass a gateway is killed, with all of its processes, and started again. Strangers
+    try to get in meanwhile.
+    """
+    for names in TARGETS.values():
+        for name, value in names.items():
+            gray(tmp_path / "data" / name, value)
+    config: dict[str, Any] = {
+        "name": "tree",
+        "rounds": 2,
+        "score_every": 0,
+        "model": {"name": "halfway:Halfway"},
+        "training": {"lr": 0.5, "batch_size": 8},
+        "method": {"name": "fedavg", "weighting": "uniform"},
+    }
+    clients = {
+        name: {"federation": federation, "data": {"source": f"folder:{tmp_path}/data/{name}"}}
+        for federation, names in TARGETS.items()
+        for name in names
+    }
+    deploy = {
+        "port": ports(10),
+        "shape": [1, 2, 2],
+        "classes": ["pulls", "rests"],
+        "deadline": PATIENCE,
+        "federations": {"north": {"wait": PATIENCE}, "south": {"wait": PATIENCE}},
+        "parties": clients,
+        "wait": PATIENCE,
+    }
+    place = running({**config, "deploy": deploy})
+    root, north, south = (place / name for name in ("root", "north", "south"))
+
+    until(at_work(north, 2), "in round 2", place)
+    strangers = _strangers(place, tmp_path / "strangers", deploy["port"])
+    pids = [int((north / ".pid").read_text()), *processes(north)]
+    kill(pids)
+    (north / ".pid").unlink()
+    up(place)
+
+    until(finished(root), "finished", place)
+    weights = read_bundle(root / "runs" / "tree-seed0" / "bundle").weights
+    assert float(weights["w"]) == 4.5
+    until(lambda: all(finished(party)() for party in (north, south)), "told of the end", place)
+    for name, process in strangers.items():
+        process.kill()
+        process.wait()
+        log = (tmp_path / "strangers" / f"{name}.log").read_text(errors="replace")
+        assert "SuperNode ID" not in log, name
+        assert any(word in log for word in ("Exit Code", "rror", "retrying")), log
+    ledger = Run(root / "runs" / "tree-seed0").history.table("ledger").to_pylist()
+    assert {row["node"] for row in ledger} == {"root/north", "root/south"}
+    assert {row["fate"] for row in ledger} == {"ok"}
+    below = Run(north / "runs" / "tree-seed0").history
+    assert {row["node"] for row in below.table("ledger").to_pylist()} == {
+        "root/north/n1",
+        "root/north/n2",
+    }
+    assert below.num_rounds == 2
+
+
+def _strangers(place: Path, folder: Path, port: int) -> dict[str, subprocess.Popen[bytes]]:
+    """Start SuperNodes that have no business at the root."""
+    folder.mkdir()
+    write_node_key(folder / "node.key")
+    member = place / "north" / "member"
+    authority = ["--root-certificates", str(member / "superlink-ca.crt")]
+    cases = {
+        "wrong key": [*authority, "--auth-supernode-private-key", str(folder / "node.key")],
+        # What lets it into north does not let it into the root.
+        "another federation's": [
+            *("--root-certificates", str(place / "n1" / "member" / "superlink-ca.crt")),
+            *("--auth-supernode-private-key", str(place / "n1" / "member" / "node.key")),
+        ],
+        "no certificate": ["--insecure"],
+        "no key": authority,
+    }
+    started = {}
+    for number, (name, options) in enumerate(cases.items()):
+        runtime = str(port + 1500 + number)
+        with (folder / f"{name}.log").open("wb") as log:
+            started[name] = subprocess.Popen(
+                [
+                    str(BIN / "flower-supernode"),
+                    *("--superlink", f"127.0.0.1:{port}", "--port", runtime, *options),
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0"},
+            )
+    return started
+
+
+def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
+    running, tmp_path
+) -> None:
+    """FedSelect: three rounds as on the local engine, to the bit. Then two rounds with faults.
+
+    In round 4 a client is slow, another answers with garbage, and the SuperNode of the third is
+    killed; in round 5 the SuperLink is.
+    """
+    config: dict[str, Any] = {
+        "name": "t",
+        "rounds": 3,
+        "score_every": 0,
+        "data": {
+            "clients": 3,
+            "train_per_class": 3,
+            "test_per_class": 5,
+            "partition": {"kind": "shards", "classes": 4},
+        },
+        "model": {"options": {"hidden": [512]}},
+        "training": {"lr": 0.1, "batch_size": 3},
+        "method": {"name": "fedselect", "rate": 0.2},
+    }
+    place = running({**config, "deploy": {"port": ports(6), "deadline": PATIENCE}})
+    root = place / "root"
+    until(finished(root), "finished", place)
+    engine = {"kind": "sequential", "workers": 1}
+    local = train({**config, "output": str(tmp_path / "local"), "engine": engine})
+    run = Run(root / "runs" / "t-seed0")
+    _check_states(place, run, local)
+    _check_bytes(root, run)
+
+    # Two more rounds, with a deadline that a slow client misses.
+    _stop(root)
+    for name, *change in (
+        ("app/federation.toml", "rounds = 3", "rounds = 5"),
+        ("party.toml", f"deadline = {PATIENCE}", "deadline = 25.0"),
+    ):
+        text = (root / name).read_text()
+        assert change[0] in text
+        (root / name).write_text(text.replace(*change))
+    up(place)
+    until(at_work(root, 4), "in round 4", place)
+    slow, liar = (named(processes(place / f"client-{k}"), "hansa.deploy.member")[0] for k in (0, 1))
+    for pid in (slow, liar):
+        os.kill(pid, signal.SIGSTOP)
+    until(lambda: _answered_garbage(place / "client-1"), "asked", place)
+    kill(named(processes(place / "client-2"), "bin/flower-supernode"))
+    until(at_work(root, 5), "in round 5", place)
+    for pid in (slow, liar):
+        os.kill(pid, signal.SIGCONT)
+    kill(named(processes(root), "bin/flower-superlink"))
+    until(finished(root), "finished", place)
+
+    ledger = Run(run.path).history.table("ledger").to_pylist()
+    fates = {(row["round"], row["node"][-1]): row["fate"] for row in ledger}
+    assert {fates[number, k] for number in (1, 2, 3, 5) for k in "012"} == {"ok"}
+    assert [fates[4, k] for k in "012"] == ["late", "failed", "ok"]
+    (error,) = (row["error"] for row in ledger if row["fate"] == "failed")
+    assert "no use" in error
+    log = (run.path / "log.txt").read_text()
+    for what in ("client-0: late", "client-1: failed", "client-2: late"):
+        assert what in log
+    assert "started again" in (place / "client-2" / "logs" / "party.log").read_text()
+    assert "started again" in (root / "logs" / "party.log").read_text()
+
+
+def _check_states(place: Path, run: Run, local: Run) -> None:
+    """The root's states and the clients' own are those of the local engine, bit for bit."""
+    expected = DiskStore(local.path / "states", 3)
+    found = DiskStore(run.path / "states", 3)
+    clients = [f"root/client-{k}" for k in range(3)]
+    for key in ("root", *(f"root@{client}" for client in clients)):
+        theirs, mine = expected.get(key), found.get(key)
+        assert all(same(mine.group(group), theirs.group(group)) for group in theirs.groups), key
+    for client in clients:
+        (states,) = (place / client.rpartition("/")[2] / "state").glob("*/states")
+        theirs, mine = expected.get(client), DiskStore(states, 3).get(client)
+        assert theirs.groups
+        assert all(same(mine.group(group), theirs.group(group)) for group in theirs.groups)
+
+
+def _check_bytes(root: Path, run: Run) -> None:
+    """What the SuperLink counts agrees with the ledger: 2 % and 4 kB for each message."""
+    environment = {**os.environ, "FLWR_HOME": str(root / "flower"), "FLWR_TELEMETRY_ENABLED": "0"}
+    listed = subprocess.run(
+        [str(BIN / "flwr"), "list", "--format", "json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    (traffic,) = (each["network-traffic"] for each in json.loads(listed)["runs"])
+    ledger = run.history.table("ledger").to_pylist()
+    last = sum(row["down"] for row in ledger if row["round"] == 3)  # sent once more for the scores
+    counted = {
+        "outbound-bytes": sum(row["down"] for row in ledger) + last,
+        "inbound-bytes": sum(row["up"] for row in ledger),
+    }
+    messages = len(ledger) + 2 * 3  # hello and score of three clients
+    for way, expected in counted.items():
+        print(way, traffic[way], expected, (traffic[way] - expected) / messages)
+        assert abs(traffic[way] - expected) < 0.02 * expected + 4000 * messages
+        assert expected > 4000 * messages  # so that the constant does not say it all
+
+
+def _stop(party: Path) -> None:
+    os.kill(int((party / ".pid").read_text()), signal.SIGTERM)
+    end = time.monotonic() + 30
+    while processes(party):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    (party / ".pid").unlink()
+
+
+def _answered_garbage(party: Path) -> bool:
+    """Answer a client's next request in its place."""
+    for path in (party / "mailbox" / "requests").glob("[0-9a-f]*"):
+        request = from_bytes(Request, path.read_bytes())
+        answer = Answer(request.path, request.round, body=b"garbage")
+        write_atomic(party / "mailbox" / "answers" / path.name, to_bytes(answer))
+        path.unlink()
+        return True
+    return False
