@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hansa.deploy.mailbox import Mailbox
 from hansa.deploy.party import VARIABLE, Party, Server, tell
-from hansa.errors import InputError, first_line
+from hansa.errors import InputError
 from hansa.federation.engines.flower.apps import (
     Answering,
     ClientApp,
@@ -63,14 +63,17 @@ def apps(path: str | Path) -> Apps:
         from hansa.deploy.charter import Charter
         from hansa.deploy.serve import serve
 
-        charter = Charter.read(settings)
-        folder, server, keys = _home(charter)
+        folder = Path(os.environ[VARIABLE]) if VARIABLE in os.environ else None
         try:
+            charter = Charter.read(settings)
+            if folder is None:
+                folder = Path(charter.config.output)
+                folder.mkdir(parents=True, exist_ok=True)
+            server, keys = _server(charter, folder)
             serve(charter, server, folder, grid, keys)
-        except Exception as error:
-            known = isinstance(error, InputError)
-            what = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
-            tell(folder, "run", state="failed", what=what, pid=os.getpid())
+        except InputError as error:
+            if folder is not None:
+                tell(folder, "run", state="failed", what=str(error), pid=os.getpid())
             raise
 
     def site(context: Context) -> Answering:
@@ -86,21 +89,19 @@ def apps(path: str | Path) -> Apps:
     return Apps(server_app(lead), _client_app(site))
 
 
-def _home(charter: "Charter") -> tuple[Path, Server, Mapping[bytes, str] | None]:
-    """Return the folder of the party whose server this is, its settings, and its members' keys."""
+def _server(charter: "Charter", folder: Path) -> tuple[Server, Mapping[bytes, str] | None]:
+    """Return a server's settings and its members' keys; a simulation has neither."""
     from hansa.deploy.certificates import public_key
     from hansa.federation.tree import name_of
 
     if VARIABLE not in os.environ:
-        folder = Path(charter.config.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder, Server(host="", port=0, deadline=3600.0, wait=120.0), None
-    folder = Path(os.environ[VARIABLE])
+        return Server(host="", port=1, inner_port=1, deadline=3600.0, wait=120.0), None
     server = Party.read(folder).server
     if server is None:
         raise InputError(str(folder), "a party without [server]", "that of a federation")
-    keys = {public_key(folder / "keys" / f"{name_of(c)}.pub"): c for c in charter.children}
-    return folder, server, keys
+    return server, {
+        public_key(folder / "keys" / f"{name_of(path)}.pub"): path for path in charter.children
+    }
 
 
 def _passing_on(folder: Path, settings: Path) -> Answering:

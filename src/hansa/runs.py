@@ -43,6 +43,10 @@ from hansa.files import sync_folder, write_atomic
 FORMAT = 3
 
 
+class BusyError(InputError):
+    """A run that another process is at work on."""
+
+
 class Run:
     """One run's folder, open for reading, or for writing once locked.
 
@@ -124,7 +128,7 @@ class Run:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise InputError(str(self.path), "a run under way", "an idle run") from error
+                raise BusyError(str(self.path), "a run under way", "an idle run") from error
             if self._read_checkpoint() != self.checkpoint:
                 raise InputError(str(self.path), "a run that went on meanwhile", "another try")
             for key in ("data", "bundle"):
@@ -177,6 +181,9 @@ class Run:
         self.checkpoint |= facts
         self._write_checkpoint()
         if again:
+            for path in (self.path / "parts").glob("*.parquet"):
+                if int(path.name[:8]) > result.number:
+                    path.unlink()
             self.history = History(self._tables())
         else:
             self.history.add(tables)
@@ -210,6 +217,10 @@ class Run:
     def _write_checkpoint(self) -> None:
         write_atomic(self.path / "checkpoint.json", json.dumps(self.checkpoint, indent=2) + "\n")
 
+    def _parts(self) -> list[int]:
+        """Return the rounds whose tables stand apart; a federation may have missed some."""
+        return sorted(int(p.name[:8]) for p in (self.path / "parts").glob("*-rounds.parquet"))
+
     def _tables(self) -> list[dict[str, pa.Table]]:
         """Return the tables of every whole round; those of an unfinished round are left out."""
         gathered = {
@@ -223,11 +234,12 @@ class Run:
         tables = [
             {name: table.filter(pc.field("round") <= held) for name, table in gathered.items()}
         ]
-        for number in range(held + 1, self.round + 1):
-            stem = self.path / "parts" / f"{number:08d}"
-            tables.append(
-                {name: _read_table(Path(f"{stem}-{name}.parquet"), name) for name in SCHEMAS}
-            )
+        for number in self._parts():
+            if held < number <= self.round:
+                stem = self.path / "parts" / f"{number:08d}"
+                tables.append(
+                    {name: _read_table(Path(f"{stem}-{name}.parquet"), name) for name in SCHEMAS}
+                )
         return tables
 
 

@@ -7,15 +7,21 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hansa.deploy.certificates import write_authority, write_node_key, write_server
+from hansa.deploy.certificates import (
+    LOOPBACK,
+    LOOPBACK_DAYS,
+    write_authority,
+    write_node_key,
+    write_server,
+)
 from hansa.deploy.charter import FILE, Charter
-from hansa.deploy.options import Deployment, ServerOptions, charter_of
+from hansa.deploy.options import Deployment, ServerOptions, charter_of, check_together
 from hansa.deploy.party import Party, Server, Upward
 from hansa.errors import InputError
-from hansa.federation.engines.flower import SUPPORTED
 from hansa.federation.tree import ROOT, name_of
 from hansa.files import write_atomic
 
+_INNER = 2000  # between a server's port and that of its SuperLink
 _RUNTIME = 1000  # between a server's port and the first of its members' runtime ports
 _TEXTS = Environment(
     loader=PackageLoader("hansa.deploy"),
@@ -41,6 +47,9 @@ def init(deployment: Deployment, folder: Path) -> list[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(str(folder), "something there already", "a new folder")
     charters = {path: charter_of(deployment, path) for path in deployment.servers}
+    for path, charter in charters.items():
+        if path != ROOT:
+            check_together(charters[path.rpartition("/")[0]], charter)
     try:
         paths = list(deployment.tree.walk())
         for number, path in enumerate(paths):
@@ -85,19 +94,22 @@ def _party(
     number: int,
 ) -> None:
     """Write one party's folder; its federation's is there already."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, mode=0o700)
     server, upward = None, None
     if path in charters:
         options = deployment.servers[path]
         server = Server(
             host=options.host,
             port=_set(options.port),
+            inner_port=_set(options.port) + _INNER,
             deadline=_set(options.deadline),
             wait=options.wait,
             bind="127.0.0.1" if options.host in ("127.0.0.1", "localhost") else "0.0.0.0",  # noqa: S104
         )
         write_authority(folder / "tls", charters[path].name)
         write_server(folder / "tls", options.host)
+        write_authority(folder / "tls", "loopback", LOOPBACK_DAYS, LOOPBACK)
+        write_server(folder / "tls", "localhost", LOOPBACK_DAYS, LOOPBACK)
         _app(folder / "app", charters[path])
         (folder / "keys").mkdir()
     if path != ROOT:
@@ -128,8 +140,7 @@ def _app(folder: Path, charter: Charter) -> None:
     """Write a federation's Flower app."""
     folder.mkdir(parents=True)
     charter.write(folder / FILE)
-    facts = {"name": charter.name.lower(), "flower": SUPPORTED}
-    _text(folder / "pyproject.toml", "pyproject.toml", facts)
+    _text(folder / "pyproject.toml", "pyproject.toml", {})
     _text(folder / "app.py", "app.py", {})
 
 

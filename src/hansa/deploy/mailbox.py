@@ -44,28 +44,34 @@ class Mailbox:
         path = self._answers / request.digest
         # An answer to the same request that nobody came for may stand on what was undone since.
         path.unlink(missing_ok=True)
-        write_atomic(self._requests / request.digest, to_bytes(request))
-        until = time.monotonic() + seconds
+        asked, until = self._requests / request.digest, time.monotonic() + seconds
         while time.monotonic() < until:
             if path.exists():
                 answer = from_bytes(Answer, path.read_bytes())
                 path.unlink(missing_ok=True)
                 return answer
+            if not asked.exists():  # not yet, or taken for one that was answered before
+                write_atomic(asked, to_bytes(request))
             time.sleep(_PAUSE)
+        asked.unlink(missing_ok=True)  # nobody waits for it any more
         return None
 
     def requests(self) -> Iterator[Request | None]:
         """Yield requests as they come, and None whenever there is none for a while."""
         while True:
-            found = sorted(
-                (p for p in self._requests.iterdir() if not p.name.startswith(".")),
-                key=lambda p: p.stat().st_mtime_ns,
-            )
-            for path in found:
-                try:
-                    yield from_bytes(Request, path.read_bytes())
-                except LetterError:
-                    path.unlink(missing_ok=True)
+            found = {}
+            for path in self._requests.iterdir():
+                with suppress(FileNotFoundError):
+                    if not path.name.startswith("."):
+                        found[path] = path.stat().st_mtime_ns
+            for path in sorted(found, key=lambda path: found[path]):
+                with suppress(FileNotFoundError):
+                    try:
+                        request = from_bytes(Request, path.read_bytes())
+                    except LetterError:
+                        path.unlink(missing_ok=True)
+                        continue
+                    yield request
             if not found:
                 time.sleep(_PAUSE)
                 yield None

@@ -13,10 +13,11 @@ from hansa.data.clients import SPLITS, Client
 from hansa.data.federate import DataOptions, federate
 from hansa.deploy.charter import Charter
 from hansa.deploy.mailbox import Mailbox
+from hansa.deploy.options import own_data
 from hansa.deploy.party import Party, tell
-from hansa.errors import InputError
-from hansa.federation.engines.flower.exchange import Answer, Request
-from hansa.federation.engines.flower.site import LeafWorker, Site, check_run
+from hansa.errors import InputError, first_line
+from hansa.federation.engines.flower.exchange import Answer
+from hansa.federation.engines.flower.site import LeafWorker, Site
 from hansa.federation.federation import check_batches, check_model
 from hansa.federation.leaf import Leaf
 from hansa.federation.tree import name_of
@@ -24,34 +25,24 @@ from hansa.files import write_atomic
 
 
 class ClientSite:
-    """A client's answers. Its data are read once for each run.
+    """A client's answers. Its data are read once for each run, as named in the configuration.
 
     Args:
         charter: the federation it is a member of.
         path: the client.
         folder: where its states lie.
         data: what it holds; its share of the run's data by default.
+
+    Raises:
+        InputError: data that cannot be used, or that do not fit the federation's model.
     """
 
     def __init__(
         self, charter: Charter, path: str, folder: Path, data: DataOptions | None = None
     ) -> None:
-        self._charter, self._path, self._folder, self._data = charter, path, folder, data
-        self._leaf = Leaf(charter.config.method, charter.setup, charter.config.seed)
-        self._sites: dict[str, Site] = {}
-
-    def answer(self, request: Request) -> Answer:
-        """Return the answer to a request; what cannot be answered is refused in words."""
-        try:
-            if request.run not in self._sites:
-                self._sites = {request.run: self._site(request.run)}
-        except InputError as error:
-            return Answer(self._path, request.round, "refused", str(error))
-        return self._sites[request.run].answer(request)
-
-    def _site(self, run: str) -> Site:
-        client = _client(self._charter, self._path, self._folder / check_run(run), self._data)
-        return Site(self._path, self._folder, LeafWorker(self._path, client, self._leaf))
+        client = _client(charter, path, folder, data)
+        leaf = Leaf(charter.config.method, charter.setup, charter.config.seed)
+        self.answer = Site(path, folder, LeafWorker(path, client, leaf)).answer
 
 
 def work(folder: Path) -> None:
@@ -65,7 +56,7 @@ def work(folder: Path) -> None:
     """
     torch.set_num_threads(1)
     party, mailbox = Party.read(folder), Mailbox(folder / "mailbox")
-    data = DataOptions.model_validate(party.data | {"clients": 1}) if party.data else None
+    data = own_data(party.data, "data.")
     site, held = None, b""
     tell(folder, "worker", state="running", what="nothing asked of it yet")
     for request in mailbox.requests():
@@ -77,8 +68,8 @@ def work(folder: Path) -> None:
                 held = mailbox.charter.read_bytes()
                 site = ClientSite(Charter.read(mailbox.charter), party.path, folder / "state", data)
             answer = site.answer(request)
-        except InputError as error:
-            answer = Answer(party.path, request.round, "refused", str(error))
+        except Exception as error:  # its parent hears of it, and the next request may do better
+            answer = Answer(party.path, request.round, "refused", first_line(error))
         mailbox.reply(request, answer)
         done = "" if answer.status == "ok" else f": {answer.error}"
         what = f"{request.kind} of round {request.round} {answer.status}{done}"
@@ -86,13 +77,14 @@ def work(folder: Path) -> None:
 
 
 def _client(charter: Charter, path: str, folder: Path, data: DataOptions | None) -> Client:
-    """Return what a client holds, which is read once in a run.
+    """Return what a client holds, kept in a file between the processes of one run.
 
     Raises:
         InputError: data that cannot be used, or that do not fit the federation's model.
     """
     options = charter.config.data if data is None else data
-    about = json.dumps([path, charter.config.seed, options.model_dump(mode="json")])
+    run = [path, charter.config.name, charter.config.seed]
+    about = json.dumps([*run, options.model_dump(mode="json")])
     place = folder / f"data-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
     try:
         held = load_file(place)
@@ -100,7 +92,9 @@ def _client(charter: Charter, path: str, folder: Path, data: DataOptions | None)
         client = _read(charter, path, options, own=data is not None)
         held = {"inputs": client.inputs, "labels": client.labels}
         held |= {split: torch.from_numpy(client.splits[split]) for split in SPLITS}
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for old in folder.glob("data-*.safetensors"):
+            old.unlink()
         write_atomic(place, save(held))
     splits = {split: held[split].numpy() for split in SPLITS}
     return Client(held["inputs"], held["labels"], splits)

@@ -8,10 +8,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hansa.config import RunConfig, explain, load, read
-from hansa.data.federate import FederatedData, federate
+from hansa.data.federate import DataOptions, FederatedData, federate
 from hansa.deploy.charter import Charter
-from hansa.errors import InputError
+from hansa.errors import InputError, first_line
+from hansa.federation.message import State
+from hansa.federation.node import Child, Node, Reply
 from hansa.federation.tree import ROOT, Tree, name_of
+
+_HIGHEST = 60_000  # of ports; a party's other ports lie above its own
 
 
 class _Section(BaseModel):
@@ -21,9 +25,9 @@ class _Section(BaseModel):
 class ServerOptions(_Section):
     """Where a federation's SuperLink listens, and how long it waits."""
 
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", pattern=r"^[A-Za-z0-9.-]+$")
     """Name or address under which its nodes reach it; its certificate is made out to it."""
-    port: int | None = Field(None, ge=1, le=65535, strict=True)
+    port: int | None = Field(None, ge=1, le=60000, strict=True)
     """Its one port; the next free number after the root's by default."""
     deadline: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Seconds after which an answer is late; by default 3600 at the root, and seven tenths of
@@ -92,7 +96,7 @@ def read_deployment(path: Path) -> Deployment:
     Raises:
         InputError: naming the first key that is wrong, what was found and what is allowed.
     """
-    values = read(path)
+    values = _absolute(read(path))
     section = values.pop("deploy", {})
     try:
         options = DeployOptions.model_validate(section)
@@ -100,6 +104,8 @@ def read_deployment(path: Path) -> Deployment:
         raise explain(error, DeployOptions, section, "deploy.") from error
     config = load(values)
     _check(config, options)
+    for name, party in options.parties.items():
+        own_data(party.data, f"deploy.parties.{name}.data.")
     data = None
     if not options.parties or any(party.data is None for party in options.parties.values()):
         data = federate(config.data, config.seed)
@@ -134,6 +140,58 @@ def charter_of(deployment: Deployment, path: str) -> Charter:
     )
     charter.setup  # noqa: B018 it is refused here, and not on a machine far away
     return charter
+
+
+def check_together(above: Charter, below: Charter) -> None:
+    """Refuse a federation whose method cannot talk to that of the federation above.
+
+    Raises:
+        InputError: it cannot.
+    """
+    up, down = (c.config.method for c in (above, below))
+    parent, child = (Node(c.path, 1, 0, c.setup, len(c.children)) for c in (above, below))
+    try:
+        state = up.start_root(Node(ROOT, 0, 0, above.setup))
+        ((_, sent),) = up.dispatch(parent, state, [Child(below.path, State())])
+        received = down.receive(child, State(), sent)
+        reply = down.reply(child, down.aggregate(child, received, []))
+        up.aggregate(parent, state, [Reply(below.path, State(), reply)])
+    except Exception as error:  # two methods may disagree anywhere
+        raise InputError(
+            f"deploy.federations.{name_of(below.path)}.method",
+            f"{down.name!r}, which cannot follow {up.name!r} ({first_line(error)})",
+            "a method with the messages of the one above",
+        ) from error
+
+
+def own_data(values: Mapping[str, Any] | None, key: str) -> DataOptions | None:
+    """Return a client's own data, nothing where it has none.
+
+    Raises:
+        InputError: a key of it is wrong.
+    """
+    if values is None:
+        return None
+    try:
+        return DataOptions.model_validate({**values, "clients": 1})
+    except ValidationError as error:
+        raise explain(error, DataOptions, values, key) from error
+
+
+def _absolute(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values in which paths of data do not depend on the folder one is in."""
+    changed: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            changed[key] = _absolute(value)
+        elif key == "source" and isinstance(value, str):
+            kind, colon, rest = value.partition(":")
+            if kind in ("folder", "parquet") and rest:
+                value = f"{kind}{colon}{Path(rest).absolute()}"
+            changed[key] = value
+        else:
+            changed[key] = value
+    return changed
 
 
 def _check(config: RunConfig, options: DeployOptions) -> None:
@@ -203,6 +261,8 @@ def _servers(options: DeployOptions, tree: Tree) -> dict[str, ServerOptions]:
         if (own.host, chosen) in taken:
             raise InputError(f"{key}.port", chosen, "a port that no other federation has")
         taken.add((own.host, chosen))
+        if chosen > _HIGHEST:
+            raise InputError(f"{key}.port", chosen, f"at most {_HIGHEST}")
         port = max(port, chosen) + 1
         servers[path] = ServerOptions(host=own.host, port=chosen, deadline=deadline, wait=own.wait)
     return servers
@@ -217,4 +277,5 @@ def _config(values: Mapping[str, Any], options: DeployOptions, path: str) -> Run
         if own is not None and (section := getattr(own, key)) is not None:
             changes[key] = section
     config = load({**values, **changes})
+    _check(config, options)
     return config.model_copy(update={"engine": config.engine.model_copy(update={"workers": 1})})

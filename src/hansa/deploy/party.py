@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hansa.errors import InputError
 from hansa.files import write_atomic
@@ -14,6 +14,8 @@ from hansa.files import write_atomic
 FILE = "party.toml"
 PARTS = ("party", "superlink", "run", "supernode", "worker")
 """What is told of in a party's ``status/``."""
+LOCK = ".lock"
+"""File that whoever runs a party holds a lock on; it holds that process's number."""
 HOLD = ".hold"
 """While a file of this name is there, a party's SuperNode is not started."""
 VARIABLE = "HANSA_PARTY"
@@ -28,7 +30,11 @@ class Server(_Section):
     """The federation that a party runs: its own SuperLink."""
 
     host: str
-    port: int
+    """Name or address by which members reach it."""
+    port: int = Field(ge=1, le=65535)
+    """Port that members call; what stands there lets nobody else in."""
+    inner_port: int = Field(ge=1, le=65535)
+    """Port of the SuperLink itself, on the loopback."""
     deadline: float
     """Seconds after which an answer of a member is late."""
     wait: float
@@ -40,12 +46,12 @@ class Server(_Section):
 class Upward(_Section):
     """The federation that a party is a member of: its SuperNode."""
 
-    superlink: str
-    """``host:port`` of the federation's SuperLink."""
+    superlink: str = Field(pattern=r"^[^:\s]+:\d{1,5}$")
+    """``host:port`` of the federation."""
     patience: float
     """Seconds that a federation below has for its answer; more than its own deadline, and less
     than that of the federation above."""
-    runtime_port: int = 9094
+    runtime_port: int = Field(9094, ge=1, le=65535)
     """Port on this machine through which the SuperNode's own processes talk to it."""
 
 

@@ -27,7 +27,7 @@ from hansa.federation.leaf import DivergedError, Metrics, Scores
 from hansa.federation.message import Message
 from hansa.federation.store import Store
 from hansa.federation.tree import ROOT, name_of
-from hansa.runs import Run
+from hansa.runs import BusyError, Run
 from hansa.training import diverged, fixed_difference, write_bundle
 
 _log = logging.getLogger("hansa.deploy")
@@ -58,10 +58,24 @@ def serve(
             configuration.
     """
     torch.set_num_threads(1)
-    post = _Server(charter, server, folder, grid, keys)
-    with post.run.claimed(post.config, post.facts):
-        post.meet()
-        (post.lead if charter.path == ROOT else post.follow)()
+    config = charter.config.model_copy(update={"output": str(folder / "runs")})
+    run, is_new = open_run(config)
+    facts: dict[str, Any] = {
+        "run": str(run.checkpoint.get("run") or secrets.token_hex(8)),
+        "data": "held by the parties",
+        "bundle": "none",
+        "clients": len(charter.children),
+        "classes": list(charter.classes),
+    }
+    try:
+        with run.claimed(config, facts):
+            post = _Server(charter, server, folder, grid, keys, run)
+            if charter.path == ROOT:
+                post.lead(is_new)
+            else:
+                post.follow(is_new)
+    except BusyError:
+        _log.warning("the run is under way already")
 
 
 class _Server:
@@ -74,18 +88,11 @@ class _Server:
         folder: Path,
         grid: Grid,
         keys: Mapping[bytes, str] | None,
+        run: Run,
     ) -> None:
         self.charter, self.folder, self.server = charter, folder, server
-        config = charter.config.model_copy(update={"output": str(folder / "runs")})
-        self.config, self.run = config, open_run(config)
-        token = str(self.run.checkpoint.get("run") or secrets.token_hex(8))
-        self.facts: dict[str, Any] = {
-            "run": token,
-            "data": "held by the parties",
-            "bundle": "none",
-            "clients": len(charter.children),
-            "classes": list(charter.classes),
-        }
+        self.run, config = run, run.config
+        token = str(run.checkpoint["run"])
         deadline = server.deadline
         self.post = GridPost(grid, token, charter.children, deadline, keys)
         self.engine = RemoteEngine(
@@ -103,29 +110,36 @@ class _Server:
         )
         self.engine.store = self.run.store()
 
-    def meet(self) -> None:
+    def meet(self, is_new: bool) -> None:
         """Wait for the members: for all of them before the first round.
 
+        Args:
+            is_new: whether this is the run's start. Later on members may be at work still on what
+                was asked of them before, and the run can do without some.
+
         Raises:
-            InputError: some did not connect.
+            InputError: some did not connect at the start.
         """
         children = self.charter.children
-        until = time.monotonic() + self.server.wait
+        until = time.monotonic() + (self.server.wait if is_new else self.server.deadline)
         while missing := sorted(set(children) - set(self.post.present(children))):
             names = ", ".join(name_of(path) for path in missing)
-            self._tell("waiting", f"for {names}")
+            why = "".join(f"; {text}" for text in sorted(set(self.post.objections.values())))
+            self._tell("waiting", f"for {names}{why}")
             if time.monotonic() > until:
-                if self.run.round == 0 or len(missing) == len(children):
-                    found = f"nothing of {names} after {self.server.wait:g} s"
+                if is_new:
+                    found = f"nothing of {names} after {self.server.wait:g} s{why}"
                     raise InputError("members", found, "all of them connected at the start")
                 _log.warning("going on without %s", names)
                 break
             time.sleep(_PAUSE)
         self.engine.samples = {p: int(f.get("samples", 0)) for p, f in self.post.facts.items()}
 
-    def lead(self) -> None:
+    def lead(self, is_new: bool) -> None:
         """Run the rounds of the configuration, and keep the common model."""
-        config, run = self.config, self.run
+        config, run = self.run.config, self.run
+        if run.round < config.rounds:
+            self.meet(is_new)
         for number in range(run.round + 1, config.rounds + 1):
             self._somebody()
             self._tell("running", f"round {number} of {config.rounds}")
@@ -137,10 +151,12 @@ class _Server:
             run.record(result, Plan())
         if not (run.path / "summary.json").exists():
             self._finish()
+        self.engine.end(self._federations)
         self._tell("finished", f"after {run.round} rounds: {run.path}")
 
-    def follow(self) -> None:
+    def follow(self, is_new: bool) -> None:
         """Answer what the federation above asks, until it says that the run is over."""
+        self.meet(is_new)
         mailbox = Mailbox(self.folder / "mailbox")
         worker = FederationWorker(self.engine, self.run, self._federations)
         site = Site(self.charter.path, self.folder / "state", worker)
@@ -151,15 +167,16 @@ class _Server:
             if request.kind in ("train", "score"):
                 self._tell("running", f"{request.kind} of round {request.round}")
             self.engine.run = request.run
-            mailbox.reply(request, site.answer(request))
+            answer = site.answer(request)
+            if request.kind == "end":  # done before it is said, or a kill would leave it undone
+                self.run.finish(None)
+                self._tell("finished", f"after {self.run.round} rounds: {self.run.path}")
+            mailbox.reply(request, answer)
             if request.kind == "end":
                 break
-        self.run.finish(None)
-        self._tell("finished", f"after {self.run.round} rounds: {self.run.path}")
 
     def _finish(self) -> None:
-        config, charter, run = self.config, self.charter, self.run
-        self.engine.end(self._federations)
+        config, charter, run = self.run.config, self.charter, self.run
         common = None
         if config.method.common:
             metrics = {"scored": config.method.scored, **run.history.summary()["metrics"]}
@@ -170,7 +187,7 @@ class _Server:
                 metrics,
                 config=config,
                 architecture=charter.architecture,
-                data=self.facts["data"],
+                data=str(run.checkpoint["data"]),
             )
         run.finish(common)
 
@@ -232,17 +249,18 @@ class FederationWorker:
         self._engine.end(self._federations)
 
 
-def open_run(wanted: RunConfig) -> Run:
-    """Return the run of a configuration, a new one where there is none.
+def open_run(wanted: RunConfig) -> tuple[Run, bool]:
+    """Return the run of a configuration, and whether it is a new one.
 
     Raises:
         InputError: the run that is there is of another configuration.
     """
     if not (wanted.folder / "config.toml").exists():
-        return Run.create(wanted)
+        return Run.create(wanted), True
     run = Run(wanted.folder)
-    if keys := fixed_difference(run.config, wanted):
+    # A party's folder may have been moved.
+    if keys := [key for key in fixed_difference(run.config, wanted) if key != "output"]:
         raise InputError(
             keys[0], f"another value than that of {run.path}", "the same, or another `name`"
         )
-    return run
+    return run, False

@@ -1,6 +1,7 @@
 """What a party runs: a SuperLink with its run, a SuperNode, or both; what dies is started again."""
 
 import ctypes
+import fcntl
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +21,14 @@ import tomli_w
 
 from hansa.deploy.certificates import check_authority, check_server, public_key
 from hansa.deploy.flwr_commands import answers
-from hansa.deploy.party import HOLD, PARTS, VARIABLE, Party, tell, told
+from hansa.deploy.party import HOLD, LOCK, PARTS, VARIABLE, Party, tell, told
 from hansa.errors import InputError
 from hansa.federation.engines.flower import QUIET
 
 _log = logging.getLogger("hansa.deploy")
 _TICK = 0.5  # seconds between looks at the processes
 _REST = 3.0  # seconds before a process that ended is started again
+_BEGIN = 180.0  # seconds that a run has to start
 _HEALTH = 60.0  # seconds that a SuperLink has to come up
 _STOP = 10.0  # seconds that a process has to end when told to
 _CONNECTION = "federation"
@@ -64,8 +67,9 @@ class Supervisor:
         if server is not None:
             check_server(self.folder / "tls")
             check_port("server.port", server.bind, server.port)
-            for key in sorted((self.folder / "keys").glob("*.pub")):
-                public_key(key)
+            check_port("server.inner_port", "127.0.0.1", server.inner_port)
+            for path in _children(self.folder):
+                public_key(self.folder / "keys" / f"{path.rpartition('/')[2]}.pub")
         if upward is not None:
             check_authority(self.folder / "member" / "superlink-ca.crt")
             if not (self.folder / "member" / "node.key").is_file():
@@ -80,7 +84,7 @@ class Supervisor:
         Raises:
             InputError: something that starting again would not mend.
         """
-        with _stopping() as is_stopped:
+        with _alone(self.folder), _stopping() as is_stopped:
             try:
                 self.check()
                 while not is_stopped():
@@ -102,6 +106,8 @@ class Supervisor:
             self._submitted = 0.0
             self._await_health()
             self._register()
+        if not self._is_up("gate"):
+            self._start("gate", [sys.executable, "-m", "hansa.deploy.gate", str(self.folder)])
             tell(self.folder, "superlink", state="running", what=self._address)
         run = told(self.folder, "run")
         if run.get("state") == "failed":
@@ -110,9 +116,9 @@ class Supervisor:
             return
         if not self._submitted:
             self._submit("its run was not there")
-        elif not run and time.monotonic() - self._submitted > _HEALTH:
+        elif not run and time.monotonic() - self._submitted > _BEGIN:
             self._submit("its run did not start")
-        elif run and not is_alive(int(run.get("pid", 0))):
+        elif run and not _is_alive(int(run.get("pid", 0))):
             self._submit("its process ended")
 
     def _submit(self, why: str) -> None:
@@ -200,9 +206,10 @@ class Supervisor:
             InputError: it does not.
         """
         assert self.party.server is not None  # noqa: S101 for mypy
-        address = f"127.0.0.1:{self.party.server.port}"
+        address = f"127.0.0.1:{self.party.server.inner_port}"
+        authority = self.folder / "tls" / "loopback-ca.crt"
         until = time.monotonic() + _HEALTH
-        while why := _probe(address, self.folder / "tls" / "ca.crt"):
+        while why := _probe(address, authority):
             ended = self._processes["superlink"].poll() is not None
             if ended or time.monotonic() > until:
                 found = self._last_words(self.folder / "logs" / "superlink.log") or why
@@ -211,7 +218,7 @@ class Supervisor:
         home = self.folder / "flower"
         home.mkdir(exist_ok=True)
         # A relative path would be taken as one below the folder of this file.
-        connection = {"address": address, "root-certificates": str(self.folder / "tls" / "ca.crt")}
+        connection = {"address": address, "root-certificates": str(authority)}
         (home / "config.toml").write_text(
             tomli_w.dumps({"superlink": {"default": _CONNECTION, _CONNECTION: connection}})
         )
@@ -257,8 +264,8 @@ class Supervisor:
             return ""
         if any(_TURNED_AWAY in line for line in lines):
             return (
-                "turned away: the SuperLink does not know its key, or counts it as connected still, "
-                "which lasts a minute after a node has died"
+                "turned away: the SuperLink does not know its key, or counts it as connected "
+                "still, which lasts a minute after a node has died"
             )
         wrong = [line for line in lines if "ERROR" in line or "rror:" in line]
         return (wrong or [line for line in lines if line] or [""])[-1]
@@ -274,6 +281,19 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _children(folder: Path) -> list[str]:
+    """Return the paths of a federation's members.
+
+    Raises:
+        InputError: its settings do not say.
+    """
+    path = folder / "app" / "federation.toml"
+    try:
+        return [str(p) for p in tomllib.loads(path.read_text())["federation"]["children"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(str(path), f"no federation ({error})", "what init wrote") from error
 
 
 def check_port(key: str, host: str, port: int) -> None:
@@ -295,9 +315,10 @@ def _superlink_command(folder: Path, party: Party) -> list[str]:
     tls = folder / "tls"
     return [
         str(Path(sys.executable).with_name("flower-superlink")),
-        *("--host", party.server.bind, "--port", str(party.server.port)),
-        *("--ssl-certfile", str(tls / "server.crt"), "--ssl-keyfile", str(tls / "server.key")),
-        *("--ssl-ca-certfile", str(tls / "ca.crt"), "--enable-supernode-auth"),
+        *("--host", "127.0.0.1", "--port", str(party.server.inner_port)),
+        *("--ssl-certfile", str(tls / "loopback-server.crt")),
+        *("--ssl-keyfile", str(tls / "loopback-server.key")),
+        *("--ssl-ca-certfile", str(tls / "loopback-ca.crt"), "--enable-supernode-auth"),
         *("--database", str(folder / _DATABASE), "--disable-runtime-dependency-installation"),
     ]
 
@@ -348,8 +369,7 @@ def _has_joined(log: Path, start: int) -> bool:
         return False
 
 
-def is_alive(pid: int) -> bool:
-    """Tell whether a process runs."""
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -363,6 +383,24 @@ def _die_with_parent() -> None:
     """Have a process that is about to start told to end when this one ends (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a party for this process, and leave its number for ``down``.
+
+    Raises:
+        InputError: another process runs the party.
+    """
+    with (folder / LOCK).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(str(folder), "a party that runs already", "an idle one") from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A whole deployment on this machine: started, looked at, stopped."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,10 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hansa.deploy.party import FILE, HOLD, VARIABLE, Party, told
-from hansa.deploy.supervisor import Supervisor, is_alive
+from hansa.deploy.party import FILE, HOLD, LOCK, VARIABLE, Party, told
+from hansa.deploy.supervisor import Supervisor
 from hansa.errors import InputError
-from hansa.files import write_atomic
 
 _STOP = 20.0  # seconds that processes have to end when told to
 _START = 120.0  # seconds that a SuperLink has to start
@@ -59,9 +59,13 @@ def up(folder: Path, watch: Callable[[str], None] = lambda name: None) -> None:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env={**os.environ, VARIABLE: str(party.resolve())},
             )
-        write_atomic(party / ".pid", str(started[party].pid))
-    _release(folder, idle, started)
+    try:
+        _release(folder, idle, started)
+    finally:
+        for party in idle:
+            (party / HOLD).unlink(missing_ok=True)
 
 
 def _release(
@@ -87,6 +91,9 @@ def _release(
                 (party / HOLD).unlink(missing_ok=True)
         held = [party for party in held if (party / HOLD).exists()]
         time.sleep(_TICK)
+    if held:
+        names = ", ".join(party.name for party in held)
+        raise InputError("SuperLink", f"none above {names} after {_START:g} s", "one that starts")
 
 
 def status(folder: Path) -> list[dict[str, Any]]:
@@ -122,8 +129,6 @@ def down(folder: Path) -> None:
         for pid in processes(party):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    for party in running:
-        (party / ".pid").unlink(missing_ok=True)
 
 
 def processes(party: Path) -> list[int]:
@@ -137,15 +142,21 @@ def processes(party: Path) -> list[int]:
 
 
 def is_running(party: Path) -> bool:
-    """Tell whether a party that ``up`` started runs."""
-    return is_alive(_pid(party))
+    """Tell whether a process runs a party."""
+    return _pid(party) > 0
 
 
 def _pid(party: Path) -> int:
+    """Return the process that runs a party, 0 where none does."""
     try:
-        return int((party / ".pid").read_text())
+        with (party / LOCK).open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return int(lock.read() or 0)
     except (OSError, ValueError):
-        return 0
+        pass
+    return 0
 
 
 def _await(what: Callable[[], bool]) -> None:

@@ -86,6 +86,7 @@ class DiskStore:
         committed: int = 0,
         cache_bytes: int = 1 << 30,
         writes: int | None = None,
+        reads_only: bool = False,
     ) -> None:
         """Open the states as of a round.
 
@@ -94,6 +95,7 @@ class DiskStore:
             committed: the last round that counts; what lies there of later ones is removed.
             cache_bytes: memory for states, as encoded.
             writes: the round that is written to, by default the next one.
+            reads_only: leave later rounds where they are, and do not look at them.
         """
         self._folder = folder
         self._round = committed + 1 if writes is None else writes
@@ -104,7 +106,8 @@ class DiskStore:
         self._written: dict[str, Path] = {}
         self._replaced: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
-        self._places = self._recover(committed)
+        self._upto = committed if reads_only else None
+        self._places = set() if reads_only else self._recover(committed)
 
     def get(self, key: str) -> State:
         """Return the newest state of a key.
@@ -185,7 +188,8 @@ class DiskStore:
         return self._folder / (name if len(name) <= 255 else sha256(name.encode()).hexdigest())
 
     def _versions(self, key: str) -> list[Path]:
-        return sorted(self._place(key).glob(_VERSION))
+        found = sorted(self._place(key).glob(_VERSION))
+        return [path for path in found if self._upto is None or int(path.stem) <= self._upto]
 
     def _keep(self, key: str, state: State, size: int) -> None:
         self._held += size - self._sizes.pop(key, 0)

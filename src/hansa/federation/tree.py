@@ -25,7 +25,7 @@ class Tree:
         if not parents:
             raise InputError("tree", "no node", "at least one node below the root")
         for name, parent in parents.items():
-            if name == ROOT or not _NAME.fullmatch(name):
+            if not is_name(name):
                 raise InputError(
                     f"tree.{name}",
                     f"the name {name!r}",
@@ -87,6 +87,11 @@ class Tree:
     def depth(self) -> int:
         """Steps from the root to the deepest leaf."""
         return max(path.count("/") for path in self.leaves())
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a node below the root may be called that."""
+    return text != ROOT and _NAME.fullmatch(text) is not None
 
 
 def name_of(path: str) -> str:

@@ -5,7 +5,7 @@ their paths. So a result never depends on which engine carried the messages.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
@@ -190,17 +190,9 @@ class Engine(ABC):
         """Return children as their parent sees them."""
         return (Child(child, self.store.get(link_key(path, child))) for child in chosen)
 
-    def ask(
-        self, node: Node, state: State, present: Sequence[str] | None = None
-    ) -> Iterator[Asked]:
-        """Yield the children that are asked in a round, each with its message and its fate.
-
-        Args:
-            node: the inner node.
-            state: its state.
-            present: the children that may be asked; all of them by default.
-        """
-        children = self.tree.children(node.path) if present is None else present
+    def ask(self, node: Node, state: State) -> Iterator[Asked]:
+        """Yield the children that are asked in a round, each with its message and its fate."""
+        children = self.tree.children(node.path)
         chosen = self.participation.choose(children, self.seed, node.path, node.round)
         last, size = Message(), 0
         for path, down in self.method.dispatch(node, state, self.children(node.path, chosen)):

@@ -141,7 +141,14 @@ def letter(kind: type[Letter], text: str, body: bytes) -> Letter:
             raise LetterError(f"version {version} of requests and answers is not {VERSION}")
         made = kind(**facts, body=body)
         _check(made)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         raise LetterError(f"malformed: {error}") from error
     return made
 
@@ -156,7 +163,9 @@ def _check(made: Request | Answer) -> None:
         fits = made.status in get_args(Status) and isinstance(made.error, str)
         fits = fits and all(_is_metric(pair) for pair in made.metrics.values())
         fits = fits and all(isinstance(value, str | int) for value in made.facts.values())
-        object.__setattr__(made, "metrics", {n: (a, b) for n, (a, b) in made.metrics.items()})
+        metrics = {n: (float(a), float(b)) for n, (a, b) in made.metrics.items()}
+        object.__setattr__(made, "metrics", metrics)
+        f"{made.path}{made.error}{''.join(metrics)}".encode()  # or no table could hold them
     if not (common and fits):
         raise ValueError("a field of another kind")
 

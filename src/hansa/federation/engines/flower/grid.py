@@ -3,20 +3,21 @@
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid as Grid
 
-from hansa.errors import InputError
+from hansa.errors import InputError, first_line
 from hansa.federation.engines.flower.exchange import Answer, LetterError, LostError, Request, Ticket
 from hansa.federation.engines.flower.records import TYPES, from_records, to_records
-from hansa.federation.tree import ROOT, name_of
+from hansa.federation.tree import ROOT, is_name, name_of
 
 _log = logging.getLogger("hansa.flower")
 _PATIENCE = 0.25  # seconds between looks for an answer, growing up to four times as long
 _LOOK = 2.0  # seconds between looks whether a node that is awaited has died
-_GONE = -1  # the number of no node
+_RETURN = 90.0  # seconds that a node which has died has to come back
 _AGAIN = 10.0  # seconds before a node that could not take part is asked again
 TTL = 43_200.0  # seconds; Flower's own limit for a message and its reply
 
@@ -31,6 +32,7 @@ class _Out:
         since: when that node connected.
         message: Flower's number of the message.
         left: how often it may be sent again.
+        gone: since when its node is known to be dead, 0 while it is not.
     """
 
     request: Request
@@ -38,6 +40,7 @@ class _Out:
     since: str
     message: str
     left: int = 3
+    gone: float = 0.0
 
 
 class GridPost:
@@ -72,6 +75,8 @@ class GridPost:
         self._hellos: dict[int, str] = {}
         self._online: dict[int, str] = {}
         self._out: dict[Ticket, _Out] = {}
+        self.objections: dict[int, str] = {}
+        """Nodes that are connected and do not take part, and why."""
         self.facts: dict[str, Mapping[str, str | int]] = {}
 
     def present(self, children: Sequence[str]) -> list[str]:
@@ -136,18 +141,21 @@ class GridPost:
         """
         out, pause, looked = self._out.pop(ticket), _PATIENCE, time.monotonic()
         while True:
-            for message in self._grid.pull_messages([out.message]):
-                if not message.has_error() or out.left <= 0:
-                    return answer_in(message)
+            message = None if out.gone else self._pull(out.message)
+            if message is not None and (not message.has_error() or out.left <= 0):
+                return answer_in(message)
+            now = time.monotonic()
+            if message is not None:  # of Flower's, about a node that has died
                 _log.warning("%s: %s", name_of(out.request.path), message.error.reason)
-                out.node = _GONE
-            left = until - time.monotonic()
-            if left <= 0:
+                out.gone = now
+            if out.gone and now > out.gone + _RETURN:
+                raise LostError("failed", f"its node was gone for {_RETURN:g} s")
+            if now >= until:
                 raise LostError("late", "no answer by the deadline")
-            if time.monotonic() > looked + _LOOK:
+            if now > looked + _LOOK:
                 self._send_again(out)
-                looked = time.monotonic()
-            time.sleep(min(pause, left))
+                looked = now
+            time.sleep(max(0.0, min(pause, until - now)))
             pause = min(2 * pause, 4 * _PATIENCE)
 
     def _send_again(self, out: "_Out") -> None:
@@ -159,7 +167,18 @@ class GridPost:
         if (node, self._online[node]) != (out.node, out.since):
             _log.warning("%s is asked again", name_of(out.request.path))
             out.node, out.since, out.left = node, self._online[node], out.left - 1
-            out.message = self._push(out.request, node)
+            out.message, out.gone = self._push(out.request, node), 0.0
+
+    def _pull(self, message: str) -> Message | None:
+        """Return the reply to a message, None while there is none.
+
+        Raises:
+            LostError: what came is nothing that Flower can read.
+        """
+        try:
+            return next(iter(self._grid.pull_messages([message])), None)
+        except (AttributeError, ValueError, KeyError, TypeError) as error:
+            raise LostError("failed", f"garbage for a message: {first_line(error)}") from error
 
     def _push(self, request: Request, node: int) -> Ticket:
         message = message_of(request, node, self._ttl)
@@ -173,20 +192,24 @@ class GridPost:
         """Ask new nodes who they are, take in what they have said, forget those that are gone."""
         nodes = list(self._grid.get_nodes())
         online = {node.node_id: node.public_key for node in nodes}
-        self._online = {node.node_id: node.last_activated_at for node in nodes}
-        for held in (self._nodes, self._hellos, self._again):
+        before, self._online = self._online, {n.node_id: n.last_activated_at for n in nodes}
+        for node in list(self._hellos):  # whoever connected anew has lost what it was asked
+            if before.get(node) != self._online.get(node):
+                del self._hellos[node]
+        for held in (self._nodes, self._hellos, self._again, self.objections):
             for node in held.keys() - online.keys():
                 del held[node]
         self._refused &= online.keys()
         known = self._nodes.keys() | self._hellos.keys() | self._again.keys() | self._refused
         for node in online.keys() - known:
-            self._hellos[node] = self._push(Request("hello", self.run, ""), node)
+            with suppress(LostError):
+                self._hellos[node] = self._push(Request("hello", self.run, ""), node)
         for node, ticket in list(self._hellos.items()):
             try:
-                said = list(self._grid.pull_messages([ticket]))
-                if not said:
+                said = self._pull(ticket)
+                if said is None:
                     continue
-                self._welcome(node, online[node], answer_in(said[0]))
+                self._welcome(node, online[node], answer_in(said))
             except LostError as error:
                 self._rest(node, str(error))
             del self._hellos[node]
@@ -195,13 +218,21 @@ class GridPost:
 
     def _welcome(self, node: int, key: bytes, answer: Answer) -> None:
         """Take in a node that has said who it is, or leave it out for good."""
+        samples = answer.facts.get("samples", 0)
         if answer.status != "ok":
             self._rest(node, answer.error)
+        elif not isinstance(samples, int) or not 0 <= samples < 1 << 53:
+            self._rest(node, f"{samples!r} samples")
+        elif answer.path in self._nodes.values():
+            # Flower counts a node that has died as connected for a minute.
+            self._rest(node, f"another node is {answer.path} already")
         elif why := self._objection(key, answer.path):
             self._refused.add(node)
+            self.objections[node] = why
             _log.warning("node %d is left out: %s", node, why)
         else:
             self._nodes[node] = answer.path
+            self.objections.pop(node, None)
             self.facts[answer.path] = answer.facts
             _log.info("%s is connected", name_of(answer.path))
 
@@ -210,16 +241,19 @@ class GridPost:
         if self._keys is not None and self._keys.get(key) != path:
             return f"its key is not that of {path}"
         if self._children is None:
-            fits = path.startswith(f"{ROOT}/") and path.count("/") == 1
+            above, _, name = path.rpartition("/")
+            fits = above == ROOT and is_name(name)
         else:
             fits = path in self._children
         if not fits:
             return f"{path} is no part of this federation"
-        return f"another node is {path} already" if path in self._nodes.values() else ""
+        return ""
 
     def _rest(self, node: int, why: str) -> None:
         """Ask a node again after a while: what keeps it from taking part may pass."""
-        _log.warning("node %d cannot take part yet: %s", node, why)
+        if self.objections.get(node) != why:
+            _log.warning("node %d cannot take part yet: %s", node, why)
+        self.objections[node] = why
         self._again[node] = time.monotonic() + _AGAIN
 
 

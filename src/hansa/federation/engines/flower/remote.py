@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,6 +22,8 @@ from hansa.federation.store import link_key
 from hansa.federation.tree import ROOT, Tree, name_of
 
 _log = logging.getLogger("hansa.flower")
+_LARGEST = 8  # times the model that a reply may unfold to
+_SMALL = 1 << 20  # bytes beside it
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,12 @@ class RemoteEngine(Engine):
         """Ask the children of a node, and those of the inner nodes below it that stand here."""
         children: list[tuple[Asked, Ticket | _Sent | LostError]] = []
         known, body = self._known(node.path), _Encoder()
-        for ask in self.ask(node, state, self._present(node.path)):
-            if ask.fate != "ok":
+        present = self._present(node.path)
+        for ask in self.ask(node, state):
+            if ask.path not in present:
+                away = replace(ask, size=0)
+                children.append((away, LostError("failed", "not connected")))
+            elif ask.fate != "ok":
                 children.append((ask, LostError(ask.fate, "")))
             elif not self.tree.is_leaf(ask.path):
                 child = self.node(ask.path, node.round)
@@ -209,17 +215,23 @@ class RemoteEngine(Engine):
             LostError: it cannot.
         """
         try:
-            reply = decoded(body)
+            reply = decoded(body, _LARGEST * self._model_bytes + _SMALL)
             if not reply:
                 return reply
             _check_finite(reply)
             # Merged alone, on trial: what a method makes of a reply, only the method can tell.
             link = self.store.get(link_key(sent.node.path, ask.path))
             self.method.remember(sent.node, sent.state, Child(ask.path, link), reply)
-            self.method.aggregate(sent.node, sent.state, [Reply(ask.path, link, reply)])
+            alone = self.method.aggregate(sent.node, sent.state, [Reply(ask.path, link, reply)])
+            _check_finite(alone)
         except Exception as error:  # bytes from another machine may break a method anywhere
             raise LostError("failed", f"a reply of no use: {first_line(error)}") from error
         return reply
+
+    @property
+    def _model_bytes(self) -> int:
+        task = self.setup.task
+        return sum(t.nbytes for t in (*task.params.values(), *task.buffers.values()))
 
     def _known(self, path: str) -> dict[str, int]:
         """Return child -> the last round whose reply was kept."""

@@ -35,6 +35,7 @@ from hansa.federation.leaf import Leaf
 from hansa.federation.message import State
 from hansa.federation.node import Node
 from hansa.federation.store import DiskStore
+from hansa.files import write_atomic
 
 RUN = "simulation"
 _START = 300.0  # seconds that Ray and the nodes have to start
@@ -97,16 +98,18 @@ def simulation(local: LocalEngine) -> Iterator[SimulatedEngine]:
         folder = Path(name)
         for path in local.clients:
             if state := local.state(path):
-                _put(_states(folder, path), path, state, local.rounds_done)
+                _put(_states(folder, path), path, state)
         (folder / "nodes.pickle").write_bytes(pickle.dumps((local.leaf, dict(local.clients))))
         with _grid(folder, len(local.clients)) as grid:
             yield SimulatedEngine(local, grid, folder)
 
 
-def _put(folder: Path, path: str, state: State, number: int) -> None:
-    store = DiskStore(folder, number, writes=number)
+def _put(folder: Path, path: str, state: State) -> None:
+    """Give a node the state it has, in whichever round it came by it."""
+    store = DiskStore(folder, writes=0)
     store.put(path, state)
-    store.commit(number)
+    store.commit(0)
+    write_atomic(folder.parent / "known", "0")
 
 
 @contextmanager

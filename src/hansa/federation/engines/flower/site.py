@@ -7,6 +7,7 @@ that parent and child always stand on the same round, whoever was killed in betw
 """
 
 import fcntl
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +28,10 @@ from hansa.federation.leaf import DivergedError, Job, Leaf, Metrics, Scores
 from hansa.federation.message import Message, MessageError
 from hansa.federation.stack import Stack
 from hansa.federation.store import DiskStore, Store
-from hansa.federation.wire import decode, encode
+from hansa.federation.wire import MAX_BYTES, decode, encode
 from hansa.files import write_atomic
 
+_log = logging.getLogger("hansa.flower")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -124,7 +126,9 @@ class Site:
                 return self._trained(request, folder)
         except DivergedError as error:
             return Answer(self.path, request.round, "diverged", error.what)
-        except (InputError, MessageError, LetterError, OSError) as error:
+        except Exception as error:  # whatever a request sets off, its parent hears of it
+            if not isinstance(error, InputError | MessageError | LetterError):
+                _log.exception("%s of round %d", request.kind, request.round)
             return Answer(self.path, request.round, "refused", first_line(error))
 
     def _trained(self, request: Request, folder: Path) -> Answer:
@@ -136,10 +140,12 @@ class Site:
                 raise InputError(
                     "round", request.round, f"a later one, after {last[1].round} was answered"
                 )
+        self._check_known(request, folder)
         store = DiskStore(folder / "states", request.known, writes=request.round)
         store.settle()
         # What this round answered before, if it did, stood on what is being undone.
         (folder / "answer").unlink(missing_ok=True)
+        write_atomic(folder / "known", str(request.known))
         reply, metrics = self._worker.train(request.round, store, decoded(request.body))
         store.commit(request.round)
         answer = Answer(self.path, request.round, metrics=metrics, body=encoded(reply))
@@ -147,15 +153,28 @@ class Site:
         return answer
 
     def _scored(self, request: Request, folder: Path) -> Answer:
-        last = _last(folder)
-        if last is not None and last[1].round > request.known:
-            (folder / "answer").unlink()  # it never arrived, and its state goes
-        store = DiskStore(folder / "states", request.known)
+        self._check_known(request, folder)
+        store = DiskStore(folder / "states", request.known, reads_only=True)
         scores = self._worker.score(request.round, store, decoded(request.body))
-        flat = {
-            f"{split}/{name}": pair for split, ms in scores.items() for name, pair in ms.items()
-        }
+        flat = {f"{split}/{n}": pair for split, ms in scores.items() for n, pair in ms.items()}
         return Answer(self.path, request.round, metrics=flat)
+
+    def _check_known(self, request: Request, folder: Path) -> None:
+        """Refuse to go back further than this node's states do.
+
+        Raises:
+            InputError: the parent stands where this node cannot follow.
+        """
+        try:
+            kept = int((folder / "known").read_text())
+        except FileNotFoundError:
+            kept = None
+        if request.known and kept is None:
+            found = f"nothing of this run, where round {request.known} was answered"
+            raise InputError(str(folder), found, "the states of then; or a run of another name")
+        if kept is not None and request.known < kept:
+            found = f"states since round {kept}, where those of {request.known} are wanted"
+            raise InputError(str(folder), found, "a parent that has not lost its own")
 
 
 def check_run(run: str) -> str:
@@ -183,13 +202,13 @@ def encoded(message: Message) -> bytes:
     return encode(message) if message else b""
 
 
-def decoded(body: bytes) -> Message:
+def decoded(body: bytes, max_bytes: int = MAX_BYTES) -> Message:
     """Return the message that a body stands for.
 
     Raises:
-        MessageError: it stands for none.
+        MessageError: it stands for none, or would unfold to more than ``max_bytes``.
     """
-    return decode(body) if body else Message()
+    return decode(body, max_bytes) if body else Message()
 
 
 def _last(folder: Path) -> tuple[str, Answer] | None:
