@@ -9,6 +9,7 @@ import pytest
 from hansa.config import load
 from hansa.federation.methods import METHODS
 from hansa.federation.methods.official import QUIRKS
+from support import alone
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +32,33 @@ def test_the_documented_configuration_is_valid() -> None:
     (text,) = blocks(ROOT / "docs" / "configuration.md", "toml")
     config = load(tomllib.loads(text))
     assert config.name == "ward-study"
+
+
+def test_the_documented_deployment_and_the_example_can_be_written(tmp_path) -> None:
+    from hansa.deploy.layout import init
+    from hansa.deploy.options import read_deployment
+
+    (block,) = blocks(ROOT / "docs" / "deployment.md", "toml")
+    path = tmp_path / "documented.toml"
+    path.write_text(block)
+    for number, each in enumerate([path, ROOT / "examples" / "deployment" / "federation.toml"]):
+        assert len(init(read_deployment(each), tmp_path / str(number))) == 7
+
+
+@pytest.mark.filterwarnings("ignore")  # what Flower and Ray warn of is theirs
+def test_a_flower_app_of_ones_own_runs(tmp_path, monkeypatch, capsys) -> None:
+    from flwr.simulation import run_simulation
+
+    (code,) = blocks(ROOT / "docs" / "deployment.md", "python")
+    assert code.count("\n") < 40
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code, names)  # noqa: S102
+    options = {"init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False}}
+    with alone():
+        run_simulation(names["server"], names["client"], 3, backend_config=options)
+    accuracy = float(capsys.readouterr().out.split()[-1])
+    assert 0.3 < accuracy <= 1
 
 
 def test_every_method_its_options_and_quirks_are_documented() -> None:

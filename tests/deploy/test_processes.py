@@ -18,7 +18,7 @@ from PIL import Image
 from hansa.bundle import read_bundle
 from hansa.deploy.certificates import write_node_key
 from hansa.deploy.party import told
-from hansa.deploy.trial import down, parties, processes, up
+from hansa.deploy.trial import down, parties, processes
 from hansa.federation.engines.flower.exchange import Answer, Request, from_bytes, to_bytes
 from hansa.federation.store import DiskStore
 from hansa.files import write_atomic
@@ -43,14 +43,18 @@ def ports(num: int) -> int:
             start += 50
 
 
+def hansa(*arguments: str | Path) -> None:
+    done = subprocess.run(
+        [BIN / "hansa", "deploy", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def init(folder: Path, description: dict[str, Any]) -> Path:
     path = folder / "description.toml"
     path.write_text(tomli_w.dumps(description))
     place = folder / "parties"
-    done = subprocess.run(
-        [BIN / "hansa", "deploy", "init", path, place], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    hansa("init", path, place)
     return place
 
 
@@ -108,7 +112,7 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     def start(description: dict[str, Any]) -> Path:
         places.append(init(tmp_path, description))
-        up(places[-1])
+        hansa("up", places[-1])
         return places[-1]
 
     with alone():
@@ -139,8 +143,8 @@ TARGETS = {"north": {"n1": 0, "n2": 4}, "south": {"s1": 8, "s2": 12}}
 def test_a_federation_of_federations_gives_the_hand_computed_number(running, tmp_path) -> None:
     """Passes halfway to 0, 4, 8, 12 with a mean at each level: 3, then 4.5, then 5.25.
 
-    In the second pass a gateway is killed, with all of its processes, and started again. Strangers
-    try to get in meanwhile.
+    In the second pass a gateway's SuperLink and server are killed, and start again by themselves.
+    Strangers try to get in meanwhile.
     """
     for names in TARGETS.values():
         for name, value in names.items():
@@ -172,8 +176,8 @@ def test_a_federation_of_federations_gives_the_hand_computed_number(running, tmp
 
     until(at_work(north, 2), "in round 2", place)
     strangers = _strangers(place, tmp_path / "strangers", deploy["port"])
-    kill(processes(north))
-    up(place)
+    pids = processes(north)
+    kill([pid for part in ("superlink", "serverapp", "gate") for pid in named(pids, part)])
 
     until(finished(root), "finished", place)
     weights = read_bundle(root / "runs" / "tree-seed0" / "bundle").weights
@@ -230,10 +234,10 @@ def _strangers(place: Path, folder: Path, port: int) -> dict[str, subprocess.Pop
 def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     running, tmp_path
 ) -> None:
-    """FedSelect: three rounds as on the local engine, to the bit. Then two rounds with faults.
+    """FedSelect: three rounds as on the local engine, to the bit. Then one with faults.
 
     In round 4 a client is slow, another answers with garbage, and the SuperNode of the third is
-    killed; in round 5 the SuperLink is.
+    killed.
     """
     config: dict[str, Any] = {
         "name": "t",
@@ -258,31 +262,30 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     _check_states(place, run, local)
     _check_bytes(root, run)
 
-    # Two more rounds, with a deadline that a slow client misses.
+    # One more round, with a deadline that a slow client misses.
     _stop(root)
     for name, *change in (
-        ("app/federation.toml", "rounds = 3", "rounds = 5"),
-        ("party.toml", f"deadline = {PATIENCE}", "deadline = 25.0"),
+        ("app/federation.toml", "rounds = 3", "rounds = 4"),
+        ("party.toml", f"deadline = {PATIENCE}", "deadline = 20.0"),
     ):
         text = (root / name).read_text()
         assert change[0] in text
         (root / name).write_text(text.replace(*change))
-    up(place)
+    hansa("up", place)
     until(at_work(root, 4), "in round 4", place)
     slow, liar = (named(processes(place / f"client-{k}"), "hansa.deploy.member")[0] for k in (0, 1))
     for pid in (slow, liar):
         os.kill(pid, signal.SIGSTOP)
     until(lambda: _answered_garbage(place / "client-1"), "asked", place)
     kill(named(processes(place / "client-2"), "bin/flower-supernode"))
-    until(at_work(root, 5), "in round 5", place)
+    until(lambda: told(root, "run").get("round") == 4, "through round 4", place)
     for pid in (slow, liar):
         os.kill(pid, signal.SIGCONT)
-    kill(named(processes(root), "bin/flower-superlink"))
     until(finished(root), "finished", place)
 
     ledger = Run(run.path).history.table("ledger").to_pylist()
     fates = {(row["round"], row["node"][-1]): row["fate"] for row in ledger}
-    assert {fates[number, k] for number in (1, 2, 3, 5) for k in "012"} == {"ok"}
+    assert {fates[number, k] for number in (1, 2, 3) for k in "012"} == {"ok"}
     assert [fates[4, k] for k in "012"] == ["late", "failed", "ok"]
     (error,) = (row["error"] for row in ledger if row["fate"] == "failed")
     assert "no use" in error
@@ -290,7 +293,6 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     for what in ("client-0: late", "client-1: failed", "client-2: late"):
         assert what in log
     assert "started again" in (place / "client-2" / "logs" / "party.log").read_text()
-    assert "started again" in (root / "logs" / "party.log").read_text()
 
 
 def _check_states(place: Path, run: Run, local: Run) -> None:

@@ -1,12 +1,15 @@
 """What one client holds: its own samples, split into train, validation and test."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save
 
 from hansa.errors import InputError
+from hansa.files import write_atomic
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -59,6 +62,29 @@ class Client:
             found = " and ".join(str(part.dtype) for part in inputs)
             raise InputError("inputs", found, "one dtype for all splits")
         return cls(torch.cat(inputs), torch.cat(labels), splits)
+
+    def save(self, path: Path) -> None:
+        """Write what the client holds, and nothing else of its pool, into one file."""
+        index = torch.from_numpy(np.concatenate([self.splits[split] for split in SPLITS]))
+        sizes = torch.tensor([self.count(split) for split in SPLITS])
+        own = {"inputs": self.inputs[index].contiguous(), "labels": self.labels[index]}
+        write_atomic(path, save({**own, "sizes": sizes}))
+
+    @classmethod
+    def load(cls, path: Path) -> "Client":
+        """Return what ``save`` has written.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            SafetensorError: what is there is something else.
+        """
+        held = load_file(path)
+        ends = np.cumsum([0, *held["sizes"].tolist()])
+        splits = {
+            split: np.arange(start, end)
+            for split, start, end in zip(SPLITS, ends, ends[1:], strict=False)
+        }
+        return cls(held["inputs"], held["labels"], splits)
 
     def count(self, split: Split) -> int:
         """Return the number of samples in a split."""

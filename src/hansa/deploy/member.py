@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
-from hansa.data.clients import SPLITS, Client
+from hansa.data.clients import Client
 from hansa.data.federate import DataOptions, federate
 from hansa.deploy.charter import Charter
 from hansa.deploy.mailbox import Mailbox
@@ -21,7 +20,6 @@ from hansa.federation.engines.flower.site import LeafWorker, Site
 from hansa.federation.federation import check_batches, check_model
 from hansa.federation.leaf import Leaf
 from hansa.federation.tree import name_of
-from hansa.files import write_atomic
 
 
 class ClientSite:
@@ -87,21 +85,18 @@ def _client(charter: Charter, path: str, folder: Path, data: DataOptions | None)
     about = json.dumps([*run, options.model_dump(mode="json")])
     place = folder / f"data-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
     try:
-        held = load_file(place)
+        return Client.load(place)
     except (FileNotFoundError, SafetensorError):
         client = _read(charter, path, options, own=data is not None)
-        held = {"inputs": client.inputs, "labels": client.labels}
-        held |= {split: torch.from_numpy(client.splits[split]) for split in SPLITS}
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for old in folder.glob("data-*.safetensors"):
-            old.unlink()
-        write_atomic(place, save(held))
-    splits = {split: held[split].numpy() for split in SPLITS}
-    return Client(held["inputs"], held["labels"], splits)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for old in folder.glob("data-*.safetensors"):
+        old.unlink()
+    client.save(place)
+    return client
 
 
 def _read(charter: Charter, path: str, options: DataOptions, own: bool) -> Client:
-    """Read a client's data, and keep of a shared pool what is its own.
+    """Read a client's data.
 
     Raises:
         InputError: data that cannot be used, or that do not fit the federation's model.
@@ -118,7 +113,7 @@ def _read(charter: Charter, path: str, options: DataOptions, own: bool) -> Clien
         raise InputError(
             f"data of {name_of(path)}", ", ".join(list(found.clients)[:3]), "the data of one client"
         )
-    client = Client.of(*(found.clients[name].batch(s) for s in ("train", "test", "validation")))
+    client = found.clients[name]
     check_model(charter.setup.task.module, {name: client})
     check_batches(charter.setup.task.module, {name: client}, charter.config.training.batch_size)
     return client

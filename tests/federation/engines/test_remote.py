@@ -209,7 +209,7 @@ def test_a_kill_between_state_and_answer_trains_again_from_the_state_before(tmp_
 def test_runs_do_not_mix_and_wrong_paths_are_refused(tmp_path) -> None:
     site = Site("root/a", tmp_path, CountingWorker())
     site.answer(Request("train", "r", "root/a", 1, 0))
-    other = site.answer(Request("score", "other", "root/a", 1, 1))
+    other = site.answer(Request("score", "other", "root/a", 1, 0))
     assert other.metrics == {"state/sum": (0.0, 1.0)}
     assert site.answer(Request("train", "r", "root/b", 2, 1)).status == "refused"
     for run_name in ("../r", "", "a/b", "."):
@@ -277,7 +277,8 @@ def test_who_is_away_is_not_asked_and_comes_back(tmp_path) -> None:
     assert isinstance(found.post, Direct)
     found.post.away.add("root/c2")
     first = found.round(1)
-    assert [visit.path for visit in first.visits] == ["root/c0", "root/c1"]
+    assert [(visit.fate, visit.down) for visit in first.visits][2] == ("failed", 0)
+    assert first.visits[2].error == "not connected"
     assert "root/c2" not in first.scores
     found.post.away.clear()
     second = found.round(2)

@@ -1,16 +1,15 @@
 """Flower's simulation: the nodes are tasks of Ray on this machine.
 
 It is here to show that a federation runs on Flower as it does on the local engine, which is far
-faster. The nodes find their data in a file that this process writes; their states lie below the
+faster. The nodes find their data in files that this process writes; their states lie below the
 same folder, and after each round a copy of them is taken into the run's store.
 """
 
 import logging
 import os
-import pickle
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -99,8 +98,9 @@ def simulation(local: LocalEngine) -> Iterator[SimulatedEngine]:
         for path in local.clients:
             if state := local.state(path):
                 _put(_states(folder, path), path, state)
-        (folder / "nodes.pickle").write_bytes(pickle.dumps((local.leaf, dict(local.clients))))
-        with _grid(folder, len(local.clients)) as grid:
+        for number, client in enumerate(local.clients.values()):
+            client.save(folder / f"{number}.safetensors")
+        with _grid(_Nodes(folder, local.leaf, list(local.clients)), len(local.clients)) as grid:
             yield SimulatedEngine(local, grid, folder)
 
 
@@ -113,7 +113,7 @@ def _put(folder: Path, path: str, state: State) -> None:
 
 
 @contextmanager
-def _grid(folder: Path, num: int) -> Iterator[Grid]:
+def _grid(nodes: "_Nodes", num: int) -> Iterator[Grid]:
     """Yield the Grid of a simulation that runs in a thread until the block ends."""
     came: Queue[Grid | BaseException] = Queue()
     over = threading.Event()
@@ -134,9 +134,7 @@ def _grid(folder: Path, num: int) -> Iterator[Grid]:
                     "log_to_driver": False,
                 },
             }
-            run_simulation(
-                server_app(serve), client_app(_Nodes(folder)), num, backend_config=options
-            )
+            run_simulation(server_app(serve), client_app(nodes), num, backend_config=options)
         except BaseException as error:  # it must reach the thread that waits
             came.put(error)
 
@@ -162,19 +160,17 @@ def _grid(folder: Path, num: int) -> Iterator[Grid]:
 class _Nodes:
     """Finds the site of a simulated node: the nodes are the leaves, in path order."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, leaf: Leaf, paths: list[str]) -> None:
+        self._folder, self._leaf, self._paths = folder, leaf, paths
 
     def __call__(self, context: Context) -> Answering:
         torch.set_num_threads(1)
-        leaf, clients = _nodes(self._folder)
-        path = list(clients)[int(context.node_config["partition-id"])]
-        worker = LeafWorker(path, clients[path], leaf)
-        return Site(path, self._folder / path, worker).answer
+        number = int(context.node_config["partition-id"])
+        path, client = self._paths[number], _client(self._folder / f"{number}.safetensors")
+        return Site(path, self._folder / path, LeafWorker(path, client, self._leaf)).answer
 
 
 @cache
-def _nodes(folder: Path) -> tuple[Leaf, Mapping[str, Client]]:
-    """Return what this process read once."""
-    leaf, clients = pickle.loads((folder / "nodes.pickle").read_bytes())  # noqa: S301 our own
-    return leaf, clients
+def _client(path: Path) -> Client:
+    """Return what this process has read once."""
+    return Client.load(path)

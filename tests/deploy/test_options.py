@@ -1,0 +1,317 @@
+"""Descriptions of deployments, and the folders that are made of them."""
+
+import contextlib
+import json
+import os
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hansa.deploy.certificates import check_server, write_authority, write_server
+from hansa.deploy.charter import Charter
+from hansa.deploy.flwr_commands import answers
+from hansa.deploy.layout import init, write_app
+from hansa.deploy.mailbox import Mailbox
+from hansa.deploy.options import read_deployment
+from hansa.deploy.party import Party
+from hansa.deploy.supervisor import Supervisor, check_port
+from hansa.errors import InputError
+from hansa.federation.engines.flower import check_version
+from hansa.federation.engines.flower.exchange import Answer, Request
+from hansa.federation.tree import ROOT
+
+TREE: dict[str, Any] = {
+    "federations": {"north": {}, "south": {"deadline": 100.0}},
+    "parties": {
+        "client-0": {"federation": "north"},
+        "client-1": {"federation": "south"},
+        "client-2": {},
+    },
+}
+
+
+def description(folder: Path, **changes: Any) -> Path:
+    values: dict[str, Any] = {
+        "name": "study",
+        "data": {"clients": 3, "train_per_class": 2},
+        "model": {"options": {"hidden": [4]}},
+        "deploy": TREE,
+        **changes,
+    }
+    path = folder / "description.toml"
+    path.write_text(tomli_w.dumps(values))
+    return path
+
+
+def deploy(**changes: Any) -> dict[str, Any]:
+    return {"deploy": {**TREE, **changes}}
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": (deploy(prot=1), "deploy.prot"),
+    "unknown federation": (
+        deploy(parties={"client-0": {"federation": "east"}}),
+        "deploy.parties.client-0.federation",
+    ),
+    "no such client": (deploy(parties={"ward": {}}), "deploy.parties.ward"),
+    "federation without members": (
+        deploy(parties={"client-0": {"federation": "north"}}),
+        "deploy.federations.south",
+    ),
+    "both": (deploy(parties={"north": {}}), "deploy.parties.north"),
+    "deadline above its parent's": (
+        deploy(federations={**TREE["federations"], "south": {"deadline": 5000.0}}),
+        "deploy.federations.south.deadline",
+    ),
+    "port taken twice": (
+        deploy(port=8001, federations={**TREE["federations"], "south": {"port": 8001}}),
+        "deploy.federations.south.port",
+    ),
+    "simulated failures": ({"participation": {"failure_rate": 0.1}}, "participation.failure_rate"),
+    "simulated failures below": (
+        deploy(federations={**TREE["federations"], "south": {"participation": {"deadline": 1.0}}}),
+        "participation.failure_rate",
+    ),
+    "method for flat federations": ({"method": {"name": "fedselect"}}, "tree.federations"),
+    "methods that do not fit": (
+        deploy(federations={**TREE["federations"], "south": {"method": {"name": "scaffold"}}}),
+        "deploy.federations.south.method",
+    ),
+    "own data with a wrong key": (
+        deploy(parties={**TREE["parties"], "client-2": {"data": {"sorce": "digits"}}}),
+        "deploy.parties.client-2.data.sorce",
+    ),
+    "IPv6": (deploy(host="::1"), "deploy.host"),
+    "port": (deploy(port=65535), "deploy.port"),
+    "bundle": ({"model": {"bundle": "x"}}, "model.bundle"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_work_is_refused_before_anything_is_written(case, tmp_path) -> None:
+    changes, key = WRONG[case]
+    with pytest.raises(InputError) as caught:
+        init(read_deployment(description(tmp_path, **changes)), tmp_path / "made")
+    assert caught.value.key == key
+    assert not (tmp_path / "made").exists()
+
+
+def test_parties_get_what_they_need_and_no_more(tmp_path) -> None:
+    made = tmp_path / "made"
+    folders = init(read_deployment(description(tmp_path)), made)
+    assert [f.name for f in folders] == [
+        "root",
+        "client-2",
+        "north",
+        "client-0",
+        "south",
+        "client-1",
+    ]
+    root, north, client = (Party.read(made / name) for name in ("root", "north", "client-0"))
+    assert root.server
+    assert root.upward is None
+    assert north.server
+    assert north.upward
+    assert client.server is None
+    assert client.upward
+    assert client.upward.superlink == f"127.0.0.1:{north.server.port}"
+    # Deadlines nest: a federation's, its gateway's patience, the one above.
+    assert north.server.deadline < north.upward.patience < root.server.deadline
+    assert {p.stem for p in (made / "root" / "keys").iterdir()} == {"north", "south", "client-2"}
+    assert not (made / "root" / "member").exists()
+    assert not (made / "client-0" / "tls").exists()
+    for key in made.rglob("*.key"):
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600, key
+    assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in folders)
+    charter = Charter.read(made / "north" / "app" / "federation.toml")
+    assert charter.children == charter.clients == ("root/north/client-0",)
+    assert (charter.depth, charter.shape, len(charter.classes)) == (1, (1, 8, 8), 10)
+    assert Charter.read(made / ROOT / "app" / "federation.toml").depth == 2
+    for folder in folders:  # a private key of another party is nowhere
+        assert len(list(folder.rglob("node.key"))) == (0 if folder.name == ROOT else 1)
+    with pytest.raises(InputError, match="something there"):
+        init(read_deployment(description(tmp_path)), made)
+
+
+def test_texts_are_what_their_readers_take(tmp_path) -> None:
+    import yaml
+
+    made = tmp_path / "made"
+    parties = {"1": {"data": {"source": "digits"}}, "on": {"data": {"source": "digits"}}}
+    changes = {"parties": parties, "federations": {}, "shape": [1, 8, 8]}
+    changes["classes"] = [str(k) for k in range(10)]
+    init(read_deployment(description(tmp_path, deploy=changes)), made)
+    services = yaml.safe_load((made / "compose.yaml").read_text())["services"]
+    assert set(services) == {"root", "1", "on"}
+    assert set(yaml.safe_load((made / "on" / "compose.yaml").read_text())["services"]) == {"on"}
+    for folder in made.iterdir():
+        if folder.is_dir():
+            assert os.access(folder / "start.sh", os.X_OK)
+            assert (
+                subprocess.run(["/bin/sh", "-n", folder / "start.sh"], check=False).returncode == 0
+            )
+    project = tomllib.loads((made / "root" / "app" / "pyproject.toml").read_text())
+    assert project["tool"]["flwr"]["app"]["components"]["serverapp"] == "app:server"
+
+
+def test_an_app_to_simulate_holds_all_clients(tmp_path) -> None:
+    assert write_app(read_deployment(description(tmp_path)), tmp_path / "app") == 3
+    charter = Charter.read(tmp_path / "app" / "federation.toml")
+    assert charter.clients == ("root/client-2", "root/north/client-0", "root/south/client-1")
+    assert charter.tree.children("root/north") == ("root/north/client-0",)
+
+
+def test_a_browser_would_take_the_certificate_for_its_host_and_no_other(tmp_path) -> None:
+    write_authority(tmp_path, "a")
+    write_server(tmp_path, "study.example")
+    check_server(tmp_path)
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+    client = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+    client.verify_flags |= ssl.VERIFY_X509_STRICT  # what Python 3.13 asks for by default
+
+    def shake(name: str) -> None:
+        ends = [ssl.MemoryBIO() for _ in range(4)]
+        one = client.wrap_bio(ends[0], ends[1], server_hostname=name)
+        two = server.wrap_bio(ends[2], ends[3], server_side=True)
+        for _ in range(6):
+            for side in (one, two):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    side.do_handshake()
+                ends[2].write(ends[1].read())
+                ends[0].write(ends[3].read())
+        one.do_handshake()
+
+    shake("study.example")
+    shake("localhost")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake("other.example")
+
+
+def test_certificates_out_of_date_or_of_another_key_are_refused(tmp_path) -> None:
+    write_authority(tmp_path, "a")
+    write_server(tmp_path, "localhost", days=-1)
+    with pytest.raises(InputError, match=f"expired on {datetime.now(UTC).year - 1}|expired on"):
+        check_server(tmp_path)
+    write_server(tmp_path, "localhost")
+    key = (tmp_path / "server.key").read_bytes()
+    write_server(tmp_path, "localhost")
+    (tmp_path / "server.key").write_bytes(key)
+    with pytest.raises(InputError, match=r"no certificate for server\.key"):
+        check_server(tmp_path)
+    (tmp_path / "server.crt").unlink()
+    with pytest.raises(InputError, match="no such file"):
+        check_server(tmp_path)
+
+
+def test_a_port_that_is_taken_is_named_at_once(tmp_path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"{port}.*in use"):
+            check_port("server.port", "127.0.0.1", port)
+        made = tmp_path / "made"
+        init(read_deployment(description(tmp_path)), made)
+        path = made / "root" / "party.toml"
+        path.write_text(path.read_text().replace("port = 8000", f"port = {port}", 1))
+        hansa = Path(sys.executable).with_name("hansa")
+        for command in (["up", made], ["start", made / "root"]):
+            done = subprocess.run(
+                [hansa, "deploy", *command], capture_output=True, text=True, timeout=60, check=False
+            )
+            assert done.returncode == 2
+            assert f"server.port: found {port}" in done.stderr
+            assert "Traceback" not in done.stderr
+    (made / "north" / "keys" / "client-0.pub").unlink()
+    with pytest.raises(InputError, match=r"client-0\.pub"):
+        Supervisor(made / "north").check()
+
+
+def test_other_releases_of_flower_are_refused(monkeypatch) -> None:
+    import hansa.federation.engines.flower as module
+
+    check_version()
+    for found in ("1.40.9", "1.42.0", "2.41.0"):
+        monkeypatch.setattr(module, "version", lambda name, found=found: found)
+        with pytest.raises(InputError, match=f"version {found}.*1.41.x"):
+            check_version()
+
+
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=9))),
+    st.text(st.characters(exclude_characters="{}")),
+)
+def test_answers_of_flowers_commands_are_found_in_any_noise(values, noise) -> None:
+    text = noise.join(["", *(json.dumps(value, indent=1) for value in values), ""])
+    assert answers(text) == values
+
+
+def test_a_mailbox_hands_over_each_letter_once_and_forgets_who_gave_up(tmp_path) -> None:
+    ours, theirs = Mailbox(tmp_path), Mailbox(tmp_path)
+    request = Request("train", "r", "root/a", 1, body=b"x")
+    assert ours.ask(request, 0.25) is None
+    assert next(theirs.requests()) is None  # nobody waits for it any more
+    import threading
+
+    got: list[Any] = []
+    asking = threading.Thread(target=lambda: got.append(ours.ask(request, 30)))
+    asking.start()
+    came = next(r for r in theirs.requests() if r is not None)
+    theirs.reply(came, Answer("root/a", 1, body=b"y"))
+    asking.join()
+    assert (came, got) == (request, [Answer("root/a", 1, body=b"y")])
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_the_door_lets_members_in_and_nobody_else() -> None:
+    import asyncio
+
+    import httpx
+    from starlette.applications import Starlette
+    from starlette.requests import Request as Call
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    from hansa.deploy.gate import gate
+
+    seen = []
+
+    async def superlink(call: Call) -> Response:
+        seen.append((call.url.path, call.headers.get("flwr-key"), await call.body()))
+        return Response(b"answer", 201, {"flwr-extra": "1"})
+
+    inner = Starlette(routes=[Route("/{path:path}", superlink, methods=["GET", "POST"])])
+
+    async def calls() -> list[httpx.Response]:
+        behind = httpx.AsyncClient(transport=httpx.ASGITransport(inner), base_url="http://inner")
+        door = httpx.ASGITransport(gate(behind))
+        async with behind, httpx.AsyncClient(transport=door, base_url="http://door") as client:
+            good = await client.post("/v1/fleet/pull", content=b"b", headers={"flwr-key": "k"})
+            bad = [
+                await client.post(path)
+                for path in (
+                    "/v1/control/start-run",
+                    "/v1/runtime/acquire-task",
+                    "/",
+                    "/v1/fleet/%2e%2e/control/start-run",
+                    "/v1/fleetx/pull",
+                )
+            ]
+        return [good, *bad]
+
+    good, *bad = asyncio.run(calls())
+    assert (good.status_code, good.content, good.headers["flwr-extra"]) == (201, b"answer", "1")
+    assert {answer.status_code for answer in bad} == {403}
+    assert seen == [("/v1/fleet/pull", "k", b"b")]

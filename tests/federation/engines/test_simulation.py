@@ -1,0 +1,77 @@
+"""Flower's own simulation, with Ray between: the bits of the local engine."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from hansa import Federation, Training
+from hansa.federation.engines.flower.grid import GridPost
+from hansa.federation.engines.plan import EngineOptions
+from hansa.federation.methods import FedAvg, FedSelect
+from hansa.federation.participation import Participation
+from hansa.federation.tree import Tree, name_of
+from support import alone, clients, net, same
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what Flower and Ray warn of is theirs
+
+
+@pytest.mark.parametrize(
+    ("method", "federations"),
+    [(FedAvg(), 2), (FedSelect(rate=0.2), 1)],
+    ids=["fedavg", "fedselect"],
+)
+def test_flowers_simulation_gives_the_local_engines_bits(method, federations) -> None:
+    data = clients(4)
+
+    def federation(kind: Any) -> Federation:
+        return Federation(
+            net(),
+            data,
+            method,
+            Training(lr=0.1, batch_size=3, epochs=2),
+            participation=Participation(failure_rate=0.2),
+            tree=Tree.grouped(data, federations),
+            engine=EngineOptions(kind=kind, workers=1),
+        )
+
+    local, flower = federation("sequential"), federation("flower")
+    expected = local.run(3)
+    with alone():
+        found = flower.run(3)
+    for table in ("ledger", "scores", "pairs"):
+        assert found.table(table).equals(expected.table(table)), table
+    assert found.table("rounds")["engine"].to_pylist() == ["Flower, simulated"] * 3
+    for name in ("root", *data):
+        assert same(flower.model_of(name).state_dict(), local.model_of(name).state_dict())
+        assert same(flower.masks_of(name), local.masks_of(name))
+
+
+class Node:
+    def __init__(self, node_id: int, key: bytes, since: str = "1") -> None:
+        self.node_id, self.public_key, self.last_activated_at = node_id, key, since
+
+
+class Silent:
+    """A Grid with nodes that never say anything."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self.nodes = nodes
+
+    def get_nodes(self) -> list[Node]:
+        return self.nodes
+
+
+def test_a_node_is_who_its_key_says_and_nobody_twice(caplog) -> None:
+    """Claims are checked against keys, paths and each other; greetings are no claims yet."""
+    caplog.set_level(logging.INFO)
+    keys = {b"a": "root/a", b"b": "root/b"}
+    post = GridPost(Silent([]), "r", keys.values(), keys=keys)  # type: ignore[arg-type]
+    assert post._objection(b"a", "root/a") == ""
+    assert "key" in post._objection(b"a", "root/b")
+    assert "key" in post._objection(b"x", "root/a")
+    free = GridPost(Silent([]), "r", None)  # type: ignore[arg-type]
+    assert free._objection(b"", "root/ward-1") == ""
+    for path in ("root", "root/a/b", "root/a b", "root/root", "root/", "a", ""):
+        assert "no part" in free._objection(b"", path), path
+    assert name_of("root/a") == "a"
