@@ -109,6 +109,8 @@ class Supervisor:
         if not self._is_up("gate"):
             self._start("gate", [sys.executable, "-m", "hansa.deploy.gate", str(self.folder)])
             tell(self.folder, "superlink", state="running", what=self._address)
+        if self._processes["superlink"].poll() is not None:
+            return  # it rests before it is started again
         run = told(self.folder, "run")
         if run.get("state") == "failed":
             raise InputError("run", run.get("what", "a failure"), f"see {self.folder / 'logs'}")
@@ -126,8 +128,14 @@ class Supervisor:
         if told(self.folder, "run"):
             _log.warning("the run is started again: %s", why)
         (self.folder / "status" / "run.json").unlink(missing_ok=True)
-        self._flwr(["run", str(self.folder / "app"), _CONNECTION])
         self._submitted = time.monotonic()
+        try:
+            self._flwr(["run", str(self.folder / "app"), _CONNECTION])
+        except InputError:
+            time.sleep(_TICK)
+            if self._processes["superlink"].poll() is None:
+                raise
+            self._submitted = 0.0  # the SuperLink died over it, and so will be started again
 
     def _register(self) -> None:
         """Make the members known to the SuperLink; those known from before stay so."""
