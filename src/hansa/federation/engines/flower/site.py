@@ -190,10 +190,11 @@ def check_run(run: str) -> str:
 
 def scores_of(answer: Answer) -> Scores:
     """Return the scores that an answer carries, by split."""
-    scores: Scores = {"state": {}}  # which has no entries with most methods
+    scores: Scores = {}
     for key, pair in answer.metrics.items():
         split, _, name = key.partition("/")
         scores.setdefault(split, {})[name] = pair
+    scores.setdefault("state", {})  # which has no entries with most methods
     return scores
 
 
