@@ -172,7 +172,8 @@ def flower_app(
     from hansa.deploy.options import read_deployment
 
     num = write_app(read_deployment(config), folder)
-    print(f"flwr run {folder} --federation-config 'num-supernodes={num}' --stream")
+    command = f"flwr run {folder} --federation-config 'num-supernodes={num}' --stream"
+    print(f"FLWR_TELEMETRY_ENABLED=0 {command}")
 
 
 @deploy.command()
@@ -218,6 +219,19 @@ def start(party: Annotated[Path, typer.Argument(help="A party's folder.")]) -> N
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     Supervisor(party).run()
+
+
+@deploy.command("export")
+def export_own(
+    party: Annotated[Path, typer.Argument(help="The folder of a client's party.")],
+    out: Annotated[Path, typer.Argument(help="The bundle to write.")],
+    json_: Json = False,
+) -> None:
+    """Write the model that a client holds as a bundle, on the client's own machine."""
+    from hansa.deploy.export import export as write_model
+
+    digest = write_model(party, out).digest
+    print(json.dumps({"bundle": str(out), "digest": digest}) if json_ else f"bundle: {out}")
 
 
 @app.command()

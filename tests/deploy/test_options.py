@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from hansa.deploy.certificates import check_server, write_authority, write_server
 from hansa.deploy.charter import Charter
+from hansa.deploy.export import export
 from hansa.deploy.flwr_commands import answers
 from hansa.deploy.layout import init, write_app
 from hansa.deploy.mailbox import Mailbox
@@ -237,6 +238,15 @@ def test_a_port_that_is_taken_is_named_at_once(tmp_path) -> None:
     (made / "north" / "keys" / "client-0.pub").unlink()
     with pytest.raises(InputError, match=r"client-0\.pub"):
         Supervisor(made / "north").check()
+
+
+def test_a_party_that_has_trained_nothing_has_nothing_to_export(tmp_path) -> None:
+    made = tmp_path / "made"
+    init(read_deployment(description(tmp_path)), made)
+    for party in ("client-0", "root"):
+        with pytest.raises(InputError, match="nothing trained"):
+            export(made / party, tmp_path / "own")
+    assert not (tmp_path / "own").exists()
 
 
 def test_other_releases_of_flower_are_refused(monkeypatch) -> None:

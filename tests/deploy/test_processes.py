@@ -19,6 +19,7 @@ from hansa.bundle import read_bundle
 from hansa.deploy.certificates import write_node_key
 from hansa.deploy.party import told
 from hansa.deploy.trial import down, parties, processes
+from hansa.export import export
 from hansa.federation.engines.flower.exchange import Answer, Request, from_bytes, to_bytes
 from hansa.federation.store import DiskStore
 from hansa.files import write_atomic
@@ -267,6 +268,10 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     run = Run(root / "runs" / "t-seed0")
     _check_states(place, run, local)
     _check_bytes(root, run)
+    hansa("export", place / "client-0", tmp_path / "own")
+    own, theirs = read_bundle(tmp_path / "own"), export(local, "client-0", tmp_path / "theirs")
+    assert same(own.weights, theirs.weights)
+    assert same(own.masks, theirs.masks)
 
     # One more round, with a deadline that a slow client misses.
     _stop(root)

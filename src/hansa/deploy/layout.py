@@ -44,8 +44,7 @@ def init(deployment: Deployment, folder: Path) -> list[Path]:
     Raises:
         InputError: the folder holds something, or a method or model does not fit.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(str(folder), "something there already", "a new folder")
+    _check_new(folder)
     charters = {path: charter_of(deployment, path) for path in deployment.servers}
     for path, charter in charters.items():
         if path != ROOT:
@@ -73,8 +72,7 @@ def write_app(deployment: Deployment, folder: Path) -> int:
         InputError: the folder holds something, a client has data elsewhere, or a method or model
             does not fit.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(str(folder), "something there already", "a new folder")
+    _check_new(folder)
     for name, party in deployment.options.parties.items():
         if party.data is not None:
             raise InputError(f"deploy.parties.{name}.data", "data of its own", "none, to simulate")
@@ -84,6 +82,16 @@ def write_app(deployment: Deployment, folder: Path) -> int:
     config = charter.config.model_copy(update={"output": output})
     _app(folder, replace(charter, config=config, children=leaves, clients=leaves))
     return len(leaves)
+
+
+def _check_new(folder: Path) -> None:
+    """Refuse a folder in which something is.
+
+    Raises:
+        InputError: it is.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(str(folder), "something there already", "a new folder")
 
 
 def _party(
@@ -126,13 +134,13 @@ def _party(
         shutil.copy(parent / "tls" / "ca.crt", folder / "member" / "superlink-ca.crt")
     party = deployment.options.parties.get(name_of(path))
     Party(path=path, server=server, upward=upward, data=party.data if party else None).write(folder)
-    for name in ("start.sh", "service", "party-compose.yaml"):
-        target = {
-            "start.sh": "start.sh",
-            "service": f"hansa-{folder.name}.service",
-            "party-compose.yaml": "compose.yaml",
-        }[name]
-        _text(folder / target, name, {"name": folder.name, "folder": str(folder.resolve())})
+    facts = {"name": folder.name, "folder": str(folder.resolve())}
+    for target, template in (
+        ("start.sh", "start.sh"),
+        (f"hansa-{folder.name}.service", "service"),
+        ("compose.yaml", "party-compose.yaml"),
+    ):
+        _text(folder / target, template, facts)
     (folder / "start.sh").chmod(0o755)
 
 

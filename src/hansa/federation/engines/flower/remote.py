@@ -11,7 +11,14 @@ import torch
 
 from hansa.errors import first_line
 from hansa.federation.engines.engine import Asked, Engine, Visit
-from hansa.federation.engines.flower.exchange import Kind, LostError, Post, Request, Ticket
+from hansa.federation.engines.flower.exchange import (
+    Answer,
+    Kind,
+    LostError,
+    Post,
+    Request,
+    Ticket,
+)
 from hansa.federation.engines.flower.site import decoded, encoded, scores_of
 from hansa.federation.leaf import DivergedError, Scores
 from hansa.federation.message import Message, MessageError, State
@@ -96,9 +103,7 @@ class RemoteEngine(Engine):
             elif ask.fate != "ok":
                 children.append((ask, LostError(ask.fate, "")))
             elif not self.tree.is_leaf(ask.path):
-                child = self.node(ask.path, node.round)
-                received = self.method.receive(child, self.store.get(ask.path), ask.down)
-                children.append((ask, self.send(child, received)))
+                children.append((ask, self.send(*self._below(ask))))
             else:
                 children.append((ask, self._posted("train", ask, known, body)))
         return _Sent(node, state, children, time.monotonic() + self.deadline)
@@ -121,9 +126,7 @@ class RemoteEngine(Engine):
         present = set(self._present(node.path))
         for ask in self.ask_all(node, state):
             if not self.tree.is_leaf(ask.path):
-                child = self.node(ask.path, node.round)
-                received = self.method.receive(child, self.store.get(ask.path), ask.down)
-                asked += self.send_scores(child, received)
+                asked += self.send_scores(*self._below(ask))
             elif ask.path in present:
                 asked.append((ask, self._posted("score", ask, known, body)))
         return asked
@@ -135,14 +138,7 @@ class RemoteEngine(Engine):
         until = time.monotonic() + self.deadline
         for ask, ticket in asked:
             try:
-                if isinstance(ticket, LostError):
-                    raise ticket
-                answer = self.post.take(ticket, until)
-                if answer.status == "diverged" and self.on_failure == "stop":
-                    raise DivergedError(ask.path, ask.round, answer.error)
-                if answer.status != "ok":
-                    raise LostError("failed", answer.error)
-                yield ask.path, scores_of(answer)
+                yield ask.path, scores_of(self._answer(ask, ticket, until))
             except LostError as error:
                 self._tell(ask, "no scores", error)
 
@@ -183,18 +179,12 @@ class RemoteEngine(Engine):
         for ask, ticket in sent.children:
             seconds = ask.seconds
             try:
-                if isinstance(ticket, LostError):
-                    raise ticket
                 if isinstance(ticket, _Sent):
                     below = self.take(ticket, visits)
                     reply, metrics = self.method.reply(ticket.node, below), {}
                     up = len(encoded(reply))
                 else:
-                    answer = self.post.take(ticket, sent.until)
-                    if answer.status == "diverged" and self.on_failure == "stop":
-                        raise DivergedError(ask.path, ask.round, answer.error)
-                    if answer.status != "ok":
-                        raise LostError("failed", answer.error)
+                    answer = self._answer(ask, ticket, sent.until)
                     reply, metrics = self._sound(sent, ask, answer.body), answer.metrics
                     up, known[ask.path] = len(answer.body), ask.round
             except LostError as error:
@@ -207,6 +197,27 @@ class RemoteEngine(Engine):
             visits.append(Visit(ask.path, "ok", ask.size, up, seconds, metrics))
             if reply:
                 yield ask.path, reply
+
+    def _below(self, ask: Asked) -> tuple[Node, State]:
+        """Return an inner node that stands here, and its state after what it is sent."""
+        child = self.node(ask.path, ask.round)
+        return child, self.method.receive(child, self.store.get(ask.path), ask.down)
+
+    def _answer(self, ask: Asked, ticket: Ticket | LostError, until: float) -> Answer:
+        """Return what a child answers.
+
+        Raises:
+            LostError: nothing of use.
+            DivergedError: its loss is no number and ``on_failure`` is ``stop``.
+        """
+        if isinstance(ticket, LostError):
+            raise ticket
+        answer = self.post.take(ticket, until)
+        if answer.status == "diverged" and self.on_failure == "stop":
+            raise DivergedError(ask.path, ask.round, answer.error)
+        if answer.status != "ok":
+            raise LostError("failed", answer.error)
+        return answer
 
     def _sound(self, sent: _Sent, ask: Asked, body: bytes) -> Message:
         """Return a reply that can be merged.
