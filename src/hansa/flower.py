@@ -84,7 +84,8 @@ def apps(path: str | Path) -> Apps:
 
         charter = Charter.read(settings)
         member = charter.children[int(context.node_config["partition-id"])]
-        return ClientSite(charter, member, Path(charter.config.output) / "state").answer
+        folder = Path(charter.config.output) / "state" / member
+        return ClientSite(charter, member, folder).answer
 
     return Apps(server_app(lead), _client_app(site))
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -176,26 +177,19 @@ def test_a_federation_of_federations_gives_the_hand_computed_number(running, tmp
     root, north, south = (place / name for name in ("root", "north", "south"))
 
     until(at_work(north, 2), "in round 2", place)
-    strangers = _strangers(place, tmp_path / "strangers", deploy["port"])
-    pids = processes(north)
-    kill(
-        [
-            pid
-            for part in ("bin/flower-superlink", "bin/flwr-serverapp", "deploy.gate")
-            for pid in named(pids, part)
-        ]
-    )
+    with _strangers(place, tmp_path / "strangers", deploy["port"]) as strangers:
+        pids = processes(north)
+        parts = ("bin/flower-superlink", "bin/flwr-serverapp", "deploy.gate")
+        kill([pid for part in parts for pid in named(pids, part)])
 
-    until(finished(root), "finished", place)
-    weights = read_bundle(root / "runs" / "tree-seed0" / "bundle").weights
-    assert float(weights["w"]) == 4.5
-    until(lambda: all(finished(party)() for party in (north, south)), "told of the end", place)
-    for name, process in strangers.items():
-        process.kill()
-        process.wait()
-        log = (tmp_path / "strangers" / f"{name}.log").read_text(errors="replace")
-        assert "SuperNode ID" not in log, name
-        assert any(word in log for word in ("Exit Code", "rror", "retrying")), log
+        until(finished(root), "finished", place)
+        weights = read_bundle(root / "runs" / "tree-seed0" / "bundle").weights
+        assert float(weights["w"]) == 4.5
+        until(lambda: all(finished(party)() for party in (north, south)), "told of the end", place)
+        for name in strangers:
+            log = (tmp_path / "strangers" / f"{name}.log").read_text(errors="replace")
+            assert "SuperNode ID" not in log, name
+            assert any(word in log for word in ("Exit Code", "rror", "retrying")), log
     ledger = Run(root / "runs" / "tree-seed0").history.table("ledger").to_pylist()
     assert {row["node"] for row in ledger} == {"root/north", "root/south"}
     assert {row["fate"] for row in ledger} == {"ok"}
@@ -207,7 +201,8 @@ def test_a_federation_of_federations_gives_the_hand_computed_number(running, tmp
     assert below.num_rounds == 2
 
 
-def _strangers(place: Path, folder: Path, port: int) -> dict[str, subprocess.Popen[bytes]]:
+@contextmanager
+def _strangers(place: Path, folder: Path, port: int) -> Iterator[list[str]]:
     """Start SuperNodes that have no business at the root."""
     folder.mkdir()
     write_node_key(folder / "node.key")
@@ -222,11 +217,11 @@ def _strangers(place: Path, folder: Path, port: int) -> dict[str, subprocess.Pop
         ],
         "no certificate": ["--insecure"],
     }
-    started = {}
+    started = []
     for number, (name, options) in enumerate(cases.items()):
         runtime = str(port + 1500 + number)
         with (folder / f"{name}.log").open("wb") as log:
-            started[name] = subprocess.Popen(
+            stranger = subprocess.Popen(
                 [
                     str(BIN / "flower-supernode"),
                     *("--superlink", f"127.0.0.1:{port}", "--port", runtime, *options),
@@ -235,7 +230,13 @@ def _strangers(place: Path, folder: Path, port: int) -> dict[str, subprocess.Pop
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0"},
             )
-    return started
+            started.append(stranger)
+    try:
+        yield list(cases)
+    finally:
+        for stranger in started:
+            stranger.kill()
+            stranger.wait()
 
 
 def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(

@@ -4,25 +4,49 @@ import logging
 from typing import Any
 
 import pytest
+import tomli_w
 
 from hansa import Federation, Training
+from hansa.bundle import read_bundle
+from hansa.deploy.layout import write_app
+from hansa.deploy.options import read_deployment
 from hansa.federation.engines.flower.grid import GridPost
 from hansa.federation.engines.plan import EngineOptions
-from hansa.federation.methods import FedAvg, FedSelect
+from hansa.federation.methods import FedSelect
 from hansa.federation.participation import Participation
-from hansa.federation.tree import Tree, name_of
-from support import alone, clients, net, same
+from hansa.federation.tree import name_of
+from hansa.flower import apps
+from hansa.runs import Run
+from hansa.training import train
+from support import alone, clients, config, net, same
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what Flower and Ray warn of is theirs
 
 
-@pytest.mark.parametrize(
-    ("method", "federations"),
-    [(FedAvg(), 2), (FedSelect(rate=0.2), 1)],
-    ids=["fedavg", "fedselect"],
-)
-def test_flowers_simulation_gives_the_local_engines_bits(method, federations) -> None:
-    data = clients(4)
+def test_a_generated_app_gives_the_local_engines_bits(tmp_path) -> None:
+    """FedAvg over two federations, which the app's one server walks by itself."""
+    from flwr.simulation import run_simulation
+
+    values = {**config(tmp_path), "rounds": 3, "method": {"name": "fedavg"}}
+    del values["participation"]
+    values["tree"] = {"federations": 2}
+    local = train({**values, "engine": {"kind": "sequential", "workers": 1}})
+    path = tmp_path / "description.toml"
+    path.write_text(tomli_w.dumps(values))
+    assert write_app(read_deployment(path), tmp_path / "app") == 4
+    made = apps(tmp_path / "app" / "federation.toml")
+    options = {"init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False}}
+    with alone():
+        run_simulation(made.server, made.client, 4, backend_config=options)
+    run = Run(tmp_path / "app" / "results" / "runs" / local.path.name)
+    assert run.history.table("ledger").equals(local.history.table("ledger"))
+    assert run.history.table("scores").equals(local.history.table("scores"))
+    weights, expected = (read_bundle(each.path / "bundle").weights for each in (run, local))
+    assert same(weights, expected)
+
+
+def test_flowers_simulation_gives_the_local_engines_bits() -> None:
+    data, method = clients(4), FedSelect(rate=0.2)
 
     def federation(kind: Any) -> Federation:
         return Federation(
@@ -31,7 +55,6 @@ def test_flowers_simulation_gives_the_local_engines_bits(method, federations) ->
             method,
             Training(lr=0.1, batch_size=3, epochs=2),
             participation=Participation(failure_rate=0.2),
-            tree=Tree.grouped(data, federations),
             engine=EngineOptions(kind=kind, workers=1),
         )
 
