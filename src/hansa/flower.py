@@ -96,7 +96,7 @@ def _server(charter: "Charter", folder: Path) -> tuple[Server, Mapping[bytes, st
     from hansa.federation.tree import name_of
 
     if VARIABLE not in os.environ:
-        return Server(host="", port=1, inner_port=1, deadline=3600.0, wait=120.0), None
+        return Server(host="", port=1, inner_port=1, deadline=3600.0, wait=300.0), None
     server = Party.read(folder).server
     if server is None:
         raise InputError(str(folder), "a party without [server]", "that of a federation")

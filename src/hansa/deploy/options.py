@@ -32,7 +32,7 @@ class ServerOptions(_Section):
     deadline: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Seconds after which an answer is late; by default 3600 at the root, and seven tenths of
     what the federation above has at every other."""
-    wait: float = Field(120.0, gt=0, allow_inf_nan=False)
+    wait: float = Field(300.0, gt=0, allow_inf_nan=False)
     """Seconds that nodes have to connect before the first round."""
 
 

@@ -16,7 +16,7 @@ from hansa.deploy.supervisor import Supervisor
 from hansa.errors import InputError
 
 _STOP = 20.0  # seconds that processes have to end when told to
-_START = 120.0  # seconds that a SuperLink has to start
+_START = 240.0  # seconds that a SuperLink has to start
 _TICK = 0.2
 
 
