@@ -209,6 +209,11 @@ class Engine(ABC):
         sent = self.method.dispatch(node, state, children)
         return (Asked(path, node.round, down, 0, "ok", 0.0) for path, down in sent)
 
+    def below(self, ask: Asked) -> tuple[Node, State]:
+        """Return an inner node that stands here, and its state after what it is sent."""
+        child = self.node(ask.path, ask.round)
+        return child, self.method.receive(child, self.store.get(ask.path), ask.down)
+
     def merge(self, node: Node, before: State, replies: Iterable[tuple[str, Message]]) -> State:
         """Keep what an inner node makes of its children's replies, and return its new state.
 

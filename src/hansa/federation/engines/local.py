@@ -253,8 +253,7 @@ class LocalEngine(Engine):
                 return visit, State(), Message()
             state, reply, metrics = outcome
         else:
-            node = self.node(path, ask.round)
-            received = self.method.receive(node, self.store.get(path), ask.down)
+            node, received = self.below(ask)
             reply = self.method.reply(node, self.visit(node, received, visits))
             state, metrics = State(), {}
         up = encoded_size(reply)
@@ -272,8 +271,7 @@ class LocalEngine(Engine):
     ) -> Callable[[], Iterable[tuple[str, Scores]]]:
         first = window[0]
         if not self.tree.is_leaf(first.path):
-            child, held = self.node(first.path, node.round), self.store.get(first.path)
-            return lambda: self.score(child, self.method.receive(child, held, first.down))
+            return lambda: self.score(*self.below(first))
         scored = self._start(window, self._workers.score)
 
         def results() -> Iterator[tuple[str, Scores]]:

@@ -103,7 +103,7 @@ class RemoteEngine(Engine):
             elif ask.fate != "ok":
                 children.append((ask, LostError(ask.fate, "")))
             elif not self.tree.is_leaf(ask.path):
-                children.append((ask, self.send(*self._below(ask))))
+                children.append((ask, self.send(*self.below(ask))))
             else:
                 children.append((ask, self._posted("train", ask, known, body)))
         return _Sent(node, state, children, time.monotonic() + self.deadline)
@@ -126,7 +126,7 @@ class RemoteEngine(Engine):
         present = set(self._present(node.path))
         for ask in self.ask_all(node, state):
             if not self.tree.is_leaf(ask.path):
-                asked += self.send_scores(*self._below(ask))
+                asked += self.send_scores(*self.below(ask))
             elif ask.path in present:
                 asked.append((ask, self._posted("score", ask, known, body)))
         return asked
@@ -197,11 +197,6 @@ class RemoteEngine(Engine):
             visits.append(Visit(ask.path, "ok", ask.size, up, seconds, metrics))
             if reply:
                 yield ask.path, reply
-
-    def _below(self, ask: Asked) -> tuple[Node, State]:
-        """Return an inner node that stands here, and its state after what it is sent."""
-        child = self.node(ask.path, ask.round)
-        return child, self.method.receive(child, self.store.get(ask.path), ask.down)
 
     def _answer(self, ask: Asked, ticket: Ticket | LostError, until: float) -> Answer:
         """Return what a child answers.
