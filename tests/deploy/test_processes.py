@@ -278,7 +278,7 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     _stop(root)
     for name, *change in (
         ("app/federation.toml", "rounds = 3", "rounds = 4"),
-        ("party.toml", f"deadline = {PATIENCE}", "deadline = 30.0"),
+        ("party.toml", f"deadline = {PATIENCE}", "deadline = 20.0"),
     ):
         text = (root / name).read_text()
         assert change[0] in text

@@ -28,6 +28,8 @@ from hansa.federation.engines.flower import QUIET
 _log = logging.getLogger("hansa.deploy")
 _TICK = 0.5  # seconds between looks at the processes
 _REST = 3.0  # seconds before a process that ended is started again
+_MOST_REST = 12.0  # what that grows to while the process keeps ending
+_SOON = 30.0  # seconds after its start
 _BEGIN = 180.0  # seconds that a run has to start
 _HEALTH = 120.0  # seconds that a SuperLink has to come up
 _STOP = 10.0  # seconds that a process has to end when told to
@@ -52,6 +54,8 @@ class Supervisor:
         self.party = Party.read(self.folder)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._rest: dict[str, float] = {}
+        self._began: dict[str, float] = {}
+        self._last_rest: dict[str, float] = {}
         self._submitted = 0.0
         self._log_start = 0
 
@@ -182,11 +186,16 @@ class Supervisor:
             return True
         if process is None:
             return False
-        # The first look at a process that ended begins its rest.
-        return time.monotonic() < self._rest.setdefault(name, time.monotonic() + _REST)
+        if name not in self._rest:  # the first look at a process that ended begins its rest
+            now, before = time.monotonic(), self._last_rest.get(name, _REST / 2)
+            soon = now - self._began[name] < _SOON
+            self._last_rest[name] = min(2 * before, _MOST_REST) if soon else _REST
+            self._rest[name] = now + self._last_rest[name]
+        return time.monotonic() < self._rest[name]
 
     def _start(self, name: str, command: list[str]) -> None:
         self._rest.pop(name, None)
+        self._began[name] = time.monotonic()
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
         with (logs / f"{name}.log").open("ab") as log:
