@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import tomli_w
 from PIL import Image
+from typer.testing import CliRunner
 
 from hansa.bundle import read_bundle
+from hansa.cli import app
 from hansa.deploy.certificates import write_node_key
 from hansa.deploy.party import told
 from hansa.deploy.trial import down, parties, processes
@@ -52,11 +54,17 @@ def hansa(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def command(*arguments: str | Path) -> None:
+    """Run a command in this process, which has imported everything."""
+    done = CliRunner().invoke(app, ["deploy", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+
+
 def init(folder: Path, description: dict[str, Any]) -> Path:
     path = folder / "description.toml"
     path.write_text(tomli_w.dumps(description))
     place = folder / "parties"
-    hansa("init", path, place)
+    command("init", path, place)
     return place
 
 
@@ -269,7 +277,7 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     run = Run(root / "runs" / "t-seed0")
     _check_states(place, run, local)
     _check_bytes(root, run)
-    hansa("export", place / "client-0", tmp_path / "own")
+    command("export", place / "client-0", tmp_path / "own")
     own, theirs = read_bundle(tmp_path / "own"), export(local, "client-0", tmp_path / "theirs")
     assert same(own.weights, theirs.weights)
     assert same(own.masks, theirs.masks)

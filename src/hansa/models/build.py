@@ -13,10 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from hansa.errors import InputError
-from hansa.models.images import CNN, MLP, ResNet18
+from hansa.models.images import CNN, MLP, VGG16, ResNet18, ResNet20
+from hansa.models.resize import resize
 from hansa.seeding import global_stream
 
-BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "cnn": CNN, "resnet18": ResNet18}
+BUILT_IN: dict[str, type[nn.Module]] = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "resnet18": ResNet18,
+    "resnet20": ResNet20,
+    "vgg16": VGG16,
+}
 
 
 class Architecture(BaseModel):
@@ -25,13 +32,15 @@ class Architecture(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    """``mlp``, ``cnn``, ``resnet18`` or ``module:Class``."""
+    """One of ``BUILT_IN``, or ``module:Class``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the class beside the shape and the classes."""
     shape: tuple[int, ...]
     """Shape of one input, without the batch."""
     classes: int = Field(ge=2)
     """Number of classes."""
+    channels: dict[str, dict[str, int]] | None = None
+    """Layer -> sizes, of a model that has fewer channels than its class builds."""
 
 
 def build(
@@ -67,6 +76,8 @@ def build(
         with global_stream(seed, "model"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of empty layers: the check below says what is wrong
             model = kind(**arguments, **architecture.options)
+            if architecture.channels:
+                resize(model, architecture.channels)
             # Within the stream, since lazy layers draw their values on the first input.
             check_output(model, architecture)
     except InputError:

@@ -131,3 +131,85 @@ class ResNet18(nn.Module):
         maps = self.stages(self.stem(inputs))
         logits: torch.Tensor = self.head(maps.mean((2, 3)))
         return logits
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 for small images (He et al., CVPR 2016, section 4.2).
+
+    Three stages of three blocks. Where a stage begins with fewer maps than it gives out, the
+    shortcut is a 1x1 convolution, and not the paper's padding with zeros.
+
+    Args:
+        shape: channels, height and width of an input.
+        classes: number of classes.
+        width: channels of the first stage; 16 in the paper.
+        norm: ``group``, or ``batch`` for the paper's BatchNorm.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], classes: int, width: int = 16, norm: str = "group"
+    ) -> None:
+        super().__init__()
+        make = _norm(norm)
+        self.stem = nn.Sequential(
+            nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), make(width), nn.ReLU()
+        )
+        self.stages = nn.Sequential()
+        fan_in = width
+        for k in range(3):
+            fan_out = width * 2**k
+            blocks = nn.Sequential(_Block(fan_in, fan_out, 1 if k == 0 else 2, make))
+            blocks.extend(_Block(fan_out, fan_out, 1, make) for _ in range(2))
+            self.stages.add_module(f"stage{k + 1}", blocks)
+            fan_in = fan_out
+        self.head = nn.Linear(fan_in, classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return logits [batch, classes]."""
+        maps = self.stages(self.stem(inputs))
+        logits: torch.Tensor = self.head(maps.mean((2, 3)))
+        return logits
+
+
+class VGG16(nn.Module):
+    """VGG-16 (Simonyan and Zisserman, ICLR 2015, configuration D) with one linear layer at its end.
+
+    Maps are halved after each of the five stages while they are larger than one pixel.
+
+    Args:
+        shape: channels, height and width of an input.
+        classes: number of classes.
+        width: channels of the first stage; 64 in the paper.
+        norm: ``group`` or ``batch``; the paper has none.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], classes: int, width: int = 64, norm: str = "group"
+    ) -> None:
+        super().__init__()
+        make = _norm(norm)
+        self.body = nn.Sequential()
+        fan_in, side = shape[0], min(shape[1:])
+        for k, num in enumerate((2, 2, 3, 3, 3)):
+            fan_out = width * min(2**k, 8)
+            for i in range(num):
+                layer = nn.Sequential(
+                    nn.Conv2d(fan_in, fan_out, 3, 1, 1, bias=False), make(fan_out), nn.ReLU()
+                )
+                self.body.add_module(f"layer{k + 1}_{i + 1}", layer)
+                fan_in = fan_out
+            if side > 1:
+                self.body.add_module(f"pool{k + 1}", nn.MaxPool2d(2))
+                side //= 2
+        self.head = nn.Linear(fan_in, classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return logits [batch, classes]."""
+        logits: torch.Tensor = self.head(self.body(inputs).mean((2, 3)))
+        return logits
+
+
+def _norm(name: str) -> Norm:
+    if name not in NORMS:
+        raise ValueError("norm must be 'group' or 'batch'")
+    return NORMS[name]

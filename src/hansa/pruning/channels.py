@@ -1,0 +1,244 @@
+"""Structured pruning: whole channels, and a network that is smaller for it.
+
+Which tensors share a channel (a convolution, its BatchNorm, what a residual sum ties together, the
+inputs of the next layer) the ``torch-pruning`` library finds out by tracing the model; Hansa ranks
+the channels.
+"""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import torch_pruning
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from hansa.errors import InputError
+from hansa.models.resize import RESIZABLE
+from hansa.pruning.find import taken
+from hansa.pruning.objective import Batch, Loss, Objective, Tensors, prunable
+from hansa.pruning.prospr import ProsPr
+from hansa.pruning.scorer import GradientScorer, Scorer
+from hansa.pruning.select import select
+
+By = Literal["output", "sum"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that can only go together.
+
+    Attributes:
+        root: the layer whose outputs they are.
+        size: how many there are.
+        outputs: layer -> for each of its outputs, the channel of the root that it belongs to.
+    """
+
+    root: str
+    size: int
+    outputs: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A network with fewer channels.
+
+    Attributes:
+        model: the smaller network.
+        masks: parameter name of the old network -> bool tensor, False where a channel went: the
+            old network with these gives what the new one gives.
+        scores: root layer -> score of each of its channels [channels].
+        kept: root layer -> bool [channels].
+    """
+
+    model: nn.Module
+    masks: dict[str, torch.Tensor]
+    scores: dict[str, torch.Tensor]
+    kept: dict[str, torch.Tensor]
+
+
+def prune_channels(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    density: float,
+    scorer: Scorer | None = None,
+    *,
+    by: By | None = None,
+    loss: Loss = F.cross_entropy,
+    floor: float = 0.0,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+) -> Pruned:
+    """Remove the channels with the lowest scores, all layers ranked together.
+
+    The outputs of the last layer stay. A channel whose filter is followed by a normalisation
+    has no first-order effect through the filter's scale, so ``by="output"`` puts the mask on what
+    the normalisation gives out: the score is |sum of gamma x dL/dgamma + beta x dL/dbeta|, over
+    the layers that share the channel. ``by="sum"`` adds up the scores of the filter's weights.
+
+    Args:
+        model: convolutions, linear layers and BatchNorm; other layers may not have channels that
+            would go.
+        batches: (inputs, targets), as many as the scorer takes.
+        density: share of all channels to keep, in (0, 1].
+        scorer: ProsPr by default.
+        by: by default ``output`` where the scorer has a derivative, else ``sum``. Layers without
+            normalisation go by the weights and bias of their filters in the same way.
+        loss: (outputs, targets) -> scalar mean over the batch.
+        floor: least share of its channels that each group keeps.
+        exclude: patterns of layers whose channels stay.
+        seed: of dropout and of what a scorer draws.
+
+    Raises:
+        InputError: see ``find_masks``; a model that cannot be traced, or with layers whose
+            channels cannot be taken out.
+    """
+    scorer = scorer or ProsPr()
+    by = by or ("output" if isinstance(scorer, GradientScorer) else "sum")
+    names = prunable(model)
+    small = copy.deepcopy(model)
+    graph, groups = _groups(small, batches[0][0][:1], prunable(model, exclude))
+    objective = Objective(model, loss, names, seed=seed)
+    data = taken(scorer, batches, 0)
+    if by == "output":
+        if not isinstance(scorer, GradientScorer):
+            raise InputError("by", f"'output' with {scorer.name}", "'sum', or prospr or snip")
+        derivative = scorer.derivative(objective, data)
+        found = {group.root: _of_outputs(group, model, derivative) for group in groups}
+    else:
+        element = scorer.scores(objective, data, seed)
+        found = {group.root: _of_weights(group, element) for group in groups}
+    kept = select(found, density, floor=floor)
+    masks = _masks(model, groups, kept)
+    layers = dict(small.named_modules())
+    for group in groups:
+        gone = (~kept[group.root]).nonzero().flatten().tolist()
+        if gone:
+            root = layers[group.root]
+            graph.get_pruning_group(root, _pruner(root), idxs=gone).prune()
+    return Pruned(small, masks, found, kept)
+
+
+def _groups(
+    model: nn.Module, example: torch.Tensor, names: Sequence[str]
+) -> tuple[torch_pruning.DependencyGraph, list[Group]]:
+    paths = {module: path for path, module in model.named_modules()}
+    weighted = {name.rpartition(".")[0] for name in names}
+    last = _last(model, example)
+    stay = [m for m, path in paths.items() if isinstance(m, RESIZABLE) and m is last]
+    stay += [
+        m for m, p in paths.items() if isinstance(m, _ConvNd | nn.Linear) and p not in weighted
+    ]
+    training = model.training
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = torch_pruning.DependencyGraph().build_dependency(model.eval(), example)
+            found = list(graph.get_all_groups(stay, [nn.modules.conv._ConvNd, nn.Linear]))
+    except Exception as error:  # whatever a model does that the tracer does not follow
+        raise InputError(
+            "model", f"one that cannot be traced ({error})", "a model without such a step"
+        ) from error
+    finally:
+        model.train(training)
+    groups = []
+    for items in found:
+        outputs: dict[str, tuple[int, ...]] = {}
+        for dependency, _ in items:
+            module = dependency.target.module
+            path = paths.get(module)
+            has_weights = path is not None and bool(list(module.parameters(recurse=False)))
+            if has_weights and not isinstance(module, RESIZABLE):
+                raise InputError(
+                    "model",
+                    f"{path}, a {type(module).__name__}, among the channels of "
+                    f"{paths[items[0].dep.target.module]}",
+                    "convolutions, linear layers and BatchNorm (norm = 'batch'); or exclude it",
+                )
+        for item in items:
+            module = item.dep.target.module
+            if has_outputs(item.dep.handler.__name__) and isinstance(module, RESIZABLE):
+                outputs[paths[module]] = tuple(item.root_idxs)
+        root = paths[items[0].dep.target.module]
+        groups.append(Group(root, len(outputs[root]), outputs))
+    if not groups:
+        raise InputError("model", "no channels that may go", "more than one layer")
+    return graph, sorted(groups, key=lambda group: list(paths.values()).index(group.root))
+
+
+def has_outputs(handler: str) -> bool:
+    """Tell whether a handler of the library takes out a layer's outputs, not its inputs."""
+    return handler == "prune_out_channels"
+
+
+def _pruner(module: nn.Module) -> object:
+    linear = isinstance(module, nn.Linear)
+    return (
+        torch_pruning.prune_linear_out_channels if linear else torch_pruning.prune_conv_out_channels
+    )
+
+
+def _last(model: nn.Module, example: torch.Tensor) -> nn.Module | None:
+    """Return the layer that runs last, whose outputs are the model's."""
+    seen: list[nn.Module] = []
+    hooks = [
+        module.register_forward_hook(lambda module, *_: seen.append(module))
+        for module in model.modules()
+        if isinstance(module, _ConvNd | nn.Linear)
+    ]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return seen[-1] if seen else None
+
+
+def _of_outputs(group: Group, model: nn.Module, derivative: Tensors) -> torch.Tensor:
+    """Return each channel's derivative with respect to a factor on what it gives out."""
+    layers = dict(model.named_modules())
+    params = dict(model.named_parameters())
+    normalised = [path for path in group.outputs if isinstance(layers[path], _BatchNorm)]
+    total = torch.zeros(group.size)
+    for path in normalised or list(group.outputs):
+        for kind in ("weight", "bias"):
+            name = f"{path}.{kind}"
+            if name in derivative:
+                product = (params[name].detach() * derivative[name]).flatten(
+                    1 if params[name].dim() > 1 else 0
+                )
+                each = product.sum(1) if product.dim() > 1 else product
+                total.index_add_(0, torch.tensor(group.outputs[path]), each.float().cpu())
+    return total.abs()
+
+
+def _of_weights(group: Group, element: Tensors) -> torch.Tensor:
+    """Return the sums of the scores of each channel's filters."""
+    total = torch.zeros(group.size, dtype=torch.float64)
+    for path, channels in group.outputs.items():
+        if (name := f"{path}.weight") in element:
+            each = element[name].double().flatten(1).sum(1).cpu()
+            total.index_add_(0, torch.tensor(channels), each)
+    return total
+
+
+def _masks(model: nn.Module, groups: Sequence[Group], kept: Tensors) -> dict[str, torch.Tensor]:
+    params = dict(model.named_parameters())
+    masks = {}
+    for group in groups:
+        for path, channels in group.outputs.items():
+            keep = kept[group.root][torch.tensor(channels)]
+            for kind in ("weight", "bias"):
+                tensor = params.get(f"{path}.{kind}")
+                if tensor is not None:
+                    shape = (-1, *[1] * (tensor.dim() - 1))
+                    masks[f"{path}.{kind}"] = keep.reshape(shape).expand(tensor.shape).clone()
+    return masks
