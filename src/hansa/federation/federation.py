@@ -15,7 +15,7 @@ from hansa.federation.engines.plan import EngineOptions, Plan
 from hansa.federation.engines.workers import check_sendable
 from hansa.federation.history import History, tables_of
 from hansa.federation.leaf import Leaf, Newcomer
-from hansa.federation.message import Tensors
+from hansa.federation.message import State, Tensors
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Buffers, Setup
 from hansa.federation.optimizer import Training
@@ -171,6 +171,14 @@ class Federation:
         """
         path = self._path(name)
         return {} if path == ROOT else self._engine.masks_of(path)
+
+    def state_of(self, name: str) -> State:
+        """Return what a node remembers, empty for one that has not taken part yet.
+
+        Raises:
+            InputError: no such node.
+        """
+        return self._engine.state(self._path(name))
 
     def onboard(self, name: str, client: Client, epochs: int | None = None) -> Newcomer:
         """Let a client that was never part of the federation join it, and score it twice.

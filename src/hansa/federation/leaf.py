@@ -155,7 +155,7 @@ class Leaf:
         """Return the order of the client's training samples in an epoch."""
         # What a method does beside ordinary training must not shift the order of that.
         key = () if stage == "train" else (stage,)
-        rng = generator(self.seed, node.path, node.round, *key, epoch)
+        rng = generator(self.seed, node.path, self.method.order_of(node), *key, epoch)
         return torch.randperm(node.samples, generator=rng)
 
     def fit(self, node: Node, work: Work, client: Client, epochs: int) -> Work:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad
 
+from hansa.models.masks import finalise, masks_of
+
 Tensors = Mapping[str, torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Inputs [batch, ...], class numbers [batch], and maybe weights [batch]: 1 for a sample, 0 for
@@ -26,9 +28,14 @@ class Task:
     Attributes:
         params: name -> initial value of every trainable parameter.
         buffers: name -> initial value of every buffer (running statistics).
+        masks: name -> bool tensor of the masks that are part of the module (``models.masks``):
+            what is masked counts as zero whatever its value, and has no gradient.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        if masks_of(module):  # from here on parameters go by their plain names
+            module = copy.deepcopy(module)
+        self.masks = finalise(module)
         self.module = module
         # Contiguous, as tensors are that come out of a message: layouts choose kernels, and those
         # round in their own ways.
@@ -63,6 +70,7 @@ class Task:
         if self.module.training is not training:
             self.module.train(training)
         tensors = {**params, **buffers}
+        tensors |= {n: torch.where(mask, params[n], 0.0) for n, mask in self.masks.items()}
         tensors |= {name: tensors[n] for name, n in self._aliases.items() if n in tensors}
         # Ties are resolved above, once: PyTorch would look for them at every call, and leaves
         # these tensors in a module that is used in two places.
@@ -136,6 +144,7 @@ class PureTask(Task):
             self.module = copy.deepcopy(task.module).to(device)
             self.params = {name: p.to(device) for name, p in task.params.items()}
             self.buffers = {name: b.to(device) for name, b in task.buffers.items()}
+            self.masks = {name: mask.to(device) for name, mask in task.masks.items()}
 
     def loss(
         self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True

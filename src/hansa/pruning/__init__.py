@@ -5,8 +5,8 @@ at once or in several iterations; ``attach`` makes masks part of a model, ``fina
 permanent.
 """
 
+from hansa.models.masks import attach, finalise, masks_of
 from hansa.pruning.find import SCORERS, Found, find_masks, scores
-from hansa.pruning.masks import attach, finalise, masks_of
 from hansa.pruning.objective import Objective, prunable
 from hansa.pruning.prospr import ProsPr
 from hansa.pruning.saliency import Force, Grasp, Magnitude, Random, Snip, SynFlow

@@ -155,7 +155,7 @@ class Objective:
         values = list(leaves.values())
         first = _grad(self.loss(leaves, batch, step), values, create_graph=True)
         inner = sum(
-            ((g * v).sum() for g, v in zip(first, vector.values(), strict=True) if g.requires_grad),
+            ((g * vector[n]).sum() for n, g in zip(leaves, first, strict=True) if g.requires_grad),
             start=torch.zeros(()),
         )
         if not inner.requires_grad:  # a loss without curvature

@@ -84,6 +84,7 @@ class SynFlow(Scorer):
     """
 
     name: ClassVar[str] = "synflow"
+    needs_data: ClassVar[bool] = False
 
     @property
     def num_batches(self) -> int:
@@ -120,6 +121,7 @@ class Magnitude(Scorer):
     """|weight|."""
 
     name: ClassVar[str] = "magnitude"
+    needs_data: ClassVar[bool] = False
 
     def scores(self, objective: Objective, batches: Sequence[Batch], seed: int = 0) -> Tensors:
         """Return |weight|."""
@@ -130,6 +132,7 @@ class Random(Scorer):
     """A number drawn for each weight."""
 
     name: ClassVar[str] = "random"
+    needs_data: ClassVar[bool] = False
 
     def scores(self, objective: Objective, batches: Sequence[Batch], seed: int = 0) -> Tensors:
         """Return uniform numbers, the same in every iteration."""

@@ -15,12 +15,14 @@ class Scorer(BaseModel, ABC):
     Attributes:
         name: what a configuration calls it.
         nested: whether what is pruned in one iteration stays pruned in the next.
+        needs_data: whether it looks at more of a batch than the shape of its inputs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: ClassVar[str]
     nested: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = True
 
     @property
     def num_batches(self) -> int:

@@ -104,6 +104,10 @@ class Method(BaseModel, ABC):
         """Return the work between the end of a stage and what follows."""
         return work
 
+    def order_of(self, node: Node) -> int:
+        """Return the round whose order of samples a leaf takes; its own by default."""
+        return node.round
+
     def passes(self, setup: Setup) -> int:
         """Return the passes over its data that a round costs a client, at most."""
         return setup.training.epochs
