@@ -27,6 +27,8 @@ from .federation.methods import Scaffold as Scaffold
 from .federation.optimizer import Training as Training
 from .federation.participation import Participation as Participation
 from .federation.tree import Tree as Tree
+from .prune import PrunedModel as PrunedModel
+from .prune import prune as prune
 from .report.comparison import Comparison as Comparison
 from .runs import Run as Run
 from .training import train as train

@@ -60,6 +60,11 @@ class Bundle:
     digest: str
 
     @property
+    def kept(self) -> Tensors:
+        """The masks, where they say which weights of a pruned model are there at all."""
+        return self.masks if self.card.get("mask_is") == "kept" else {}
+
+    @property
     def lineage(self) -> list[dict[str, str]]:
         """Stage and digest of every ancestor, oldest first, and of this bundle."""
         return [*self.card["lineage"], {"stage": self.card["stage"], "digest": self.digest}]
@@ -76,6 +81,7 @@ def write(
     data: str,
     metrics: Mapping[str, Any],
     masks: Tensors | None = None,
+    mask_is: str = "kept",
     parent: Bundle | None = None,
 ) -> Bundle:
     """Write a bundle; the folder appears whole or not at all.
@@ -90,6 +96,8 @@ def write(
         data: fingerprint of the data.
         metrics: what was measured, as JSON values.
         masks: bool masks by parameter name.
+        mask_is: what an entry is where its mask is True: ``kept`` by pruning, or what a method
+            calls it, such as ``personal``.
         parent: the bundle that the stage started from.
 
     Raises:
@@ -113,6 +121,8 @@ def write(
         "lineage": parent.lineage if parent else [],
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
+    if masks:
+        card["mask_is"] = mask_is
     files[CARD] = _json(card)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")

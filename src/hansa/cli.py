@@ -58,6 +58,53 @@ def train(
 
 
 @app.command()
+def prune(
+    source: Annotated[Path, typer.Argument(help="Configuration in TOML, or folder of a bundle.")],
+    method: Annotated[str, typer.Option(help="prospr, snip, grasp, synflow, ...")] = "",
+    density: Annotated[float | None, typer.Option(help="Share of the weights to keep.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="How often it is scored.")] = None,
+    structured: Annotated[
+        bool, typer.Option("--structured", help="Take out whole channels.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key: pruning.floor=0.01")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to make.")] = None,
+    json_: Json = False,
+) -> None:
+    """Prune a model before it is trained, and write it as a bundle with a report."""
+    from hansa.prune import prune as run_pruning
+
+    given = {"method": method or None, "density": density, "iterations": iterations}
+    changes = [f"pruning.{key}={value}" for key, value in given.items() if value is not None]
+    with _progress("iteration") as progress:
+        task = progress.add_task("pruning", total=None, note="")
+
+        def watch(number: int, total: int) -> None:
+            progress.update(task, completed=number, total=total)
+
+        made = run_pruning(
+            source, overrides=[*changes, *(set_ or ())], structured=structured, out=out, watch=watch
+        )
+    summary = {**made.summary, "bundle": str(made.path / "bundle"), "report": str(made.report)}
+    if json_:
+        print(json.dumps(summary))
+        return
+    table = Table(caption=f"{100 * summary['density']:.3g} % kept by {summary['method']}")
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="right" if name else "left")
+    for key in ("parameters", "flops", "forward_seconds"):
+        if key in summary:
+            style = ".4f" if key == "forward_seconds" else ",d"
+            name = key.replace("_", " ").replace("flops", "FLOPs")
+            table.add_row(
+                name, *(format(summary[key][when], style) for when in ("before", "after"))
+            )
+    Console().print(table)
+    print(f"bundle: {summary['bundle']}\nreport: {summary['report']}")
+
+
+@app.command()
 def compare(
     config: Annotated[Path, typer.Argument(help="Configuration in TOML.")],
     methods: Annotated[

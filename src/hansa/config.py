@@ -17,6 +17,7 @@ from hansa.federation.methods import METHODS, FedAvg, Method
 from hansa.federation.node import Buffers
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
+from hansa.pruning.options import PruningOptions
 
 
 class _Section(BaseModel):
@@ -27,14 +28,15 @@ class ModelOptions(_Section):
     """Which model is trained."""
 
     name: str = "mlp"
-    """``mlp``, ``cnn``, ``resnet18`` or ``module:Class``."""
+    """``mlp``, ``cnn``, ``resnet18``, ``resnet20``, ``vgg16`` or ``module:Class``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the model's class."""
     buffers: Buffers = "averaged"
     """Running statistics (BatchNorm): averaged like parameters, local to each client, or, with a
     method that has masks, personal where their layer's weights are."""
     bundle: str | None = None
-    """Folder of a bundle whose weights are the initial values; it must hold this model."""
+    """Folder of a bundle whose weights are the initial values; it must hold this model. Where it
+    was pruned, so is what is trained."""
 
 
 class TreeOptions(_Section):
@@ -71,6 +73,8 @@ class RunConfig(_Section):
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
     training: Training = Training()
+    pruning: PruningOptions | None = None
+    """What is pruned before the first round; nothing where it is not set."""
     method: Method = FedAvg()
     participation: Participation = Participation()
     tree: TreeOptions = TreeOptions()
@@ -233,13 +237,19 @@ def explain(
     return InputError(key, repr(details["input"]), allowed)
 
 
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
 def _fields(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:
     """Return the keys that may stand at a place in a configuration."""
     for part in path:
         field = model.model_fields.get(str(part))
-        if field is not None and isinstance(field.annotation, type):
-            model = field.annotation
-            continue
+        if field is not None:
+            inner = [k for k in (field.annotation, *get_args(field.annotation)) if _is_model(k)]
+            if inner:
+                model = inner[0]
+                continue
         kinds = get_args(get_args(Partition)[0])
         model = next((k for k in kinds if k.model_fields["kind"].default == part), model)
     names = list(model.model_fields)

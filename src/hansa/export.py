@@ -27,14 +27,14 @@ def export(run: str | Path | Run, client: str, out: str | Path | None = None) ->
     run = run if isinstance(run, Run) else Run(run)
     if not run.round:
         raise InputError(str(run.path), "a run without a whole round", "at least one round")
-    trial = prepare(run.config)
+    trial = prepare(run.config, masks=run.masks)
     if client not in trial.data.clients:
         raise InputError("client", repr(client), f"one of {', '.join(trial.data.clients)}")
     with run.claimed(run.config, trial.facts):
         federation = trial.federation
         federation.keep_states_in(run.store(), run.round)
         weights = federation.model_of(client).state_dict()
-        masks = federation.masks_of(client)
+        own = federation.masks_of(client)
     common = run.path / "bundle"
     finished = (run.path / "summary.json").exists() and common.exists()
     return trial.write_bundle(
@@ -42,8 +42,9 @@ def export(run: str | Path | Run, client: str, out: str | Path | None = None) ->
         "personalise",
         weights,
         _scores(run, client),
-        masks,
+        own or trial.masks,
         bundle.read_bundle(common) if finished else None,
+        mask_is=run.config.method.mask_is if own else "kept",
     )
 
 

@@ -5,6 +5,8 @@
 ``checkpoint.json``
     the last whole round and what the run stands on. It is replaced last in a round, by a rename;
     whatever a kill leaves behind of a later round is removed on the next start.
+``pruning.safetensors``
+    masks that were found before the first round, where the configuration asks for any.
 ``states/``
     states of nodes, as encoded messages.
 ``log.txt``
@@ -30,6 +32,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_masks
+from safetensors.torch import save as save_masks
 
 from hansa import bundle
 from hansa.config import RunConfig, load
@@ -161,12 +167,36 @@ class Run:
         return self._store
 
     @property
+    def masks(self) -> dict[str, torch.Tensor] | None:
+        """The masks found before the first round: name -> bool tensor, True where kept.
+
+        Returns:
+            None where there are none yet, and in a run without pruning.
+
+        Raises:
+            InputError: a file that cannot be read.
+        """
+        path = self.path / "pruning.safetensors"
+        if not path.exists():
+            return None
+        try:
+            return load_masks(path.read_bytes())
+        except SafetensorError as error:
+            raise InputError(str(path), f"unreadable ({error})", "masks") from error
+
+    def keep_masks(self, masks: dict[str, torch.Tensor], result: RoundResult) -> None:
+        """Make permanent what was found before the first round, and what it cost."""
+        self.record(result, None)
+        content = {name: mask.contiguous() for name, mask in masks.items()}
+        write_atomic(self.path / "pruning.safetensors", save_masks(content))
+
+    @property
     def plan(self) -> Plan | None:
         """How the newest round was done, None before the first."""
         plan = self.checkpoint.get("plan")
         return Plan(**plan) if plan else None
 
-    def record(self, result: RoundResult, plan: Plan) -> None:
+    def record(self, result: RoundResult, plan: Plan | None) -> None:
         """Make one round permanent: tables, then the checkpoint, then the clearing-up.
 
         A round that is there already is replaced, and what came after it removed.
@@ -174,11 +204,13 @@ class Run:
         tables = tables_of(result)
         folder = self.path / "parts"
         folder.mkdir(exist_ok=True)
-        again = result.number <= self.round
+        # The round before the first takes its place in front of nothing.
+        again = result.number <= self.round and bool(self._parts())
         for name, table in tables.items():
             _write_table(folder / f"{result.number:08d}-{name}.parquet", table)
-        facts = {"round": result.number, "states": self._store.num_states, "plan": vars(plan)}
-        self.checkpoint |= facts
+        self.checkpoint |= {"round": result.number, "states": self._store.num_states}
+        if plan is not None:
+            self.checkpoint["plan"] = vars(plan)
         self._write_checkpoint()
         if again:
             for path in (self.path / "parts").glob("*.parquet"):
@@ -230,7 +262,7 @@ class Run:
         }
         # A run killed while gathering has newer files beside older ones, and still all its parts.
         # `rounds` is written last, so it tells how far all of them reach.
-        held = History([gathered]).num_rounds if len(gathered) == len(SCHEMAS) else 0
+        held = History([gathered]).num_rounds if len(gathered) == len(SCHEMAS) else -1
         tables = [
             {name: table.filter(pc.field("round") <= held) for name, table in gathered.items()}
         ]

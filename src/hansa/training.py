@@ -1,5 +1,6 @@
 """The train stage: a configuration in, a run folder out. ``hansa train`` is this function."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,11 @@ from hansa.federation.leaf import DivergedError
 from hansa.federation.message import MessageError, Tensors
 from hansa.federation.tree import ROOT, Tree
 from hansa.models import Architecture, build
+from hansa.models.masks import attach
+from hansa.pruning.federated import pre_round
 from hansa.runs import Run
 
+_log = logging.getLogger("hansa")
 Watch = Callable[[Run, RoundResult], None]
 CHANGEABLE = ("engine.workers", "engine.state_memory_mb", "engine.stack_memory_mb", "rounds")
 """What a resumed run may change: none of it alters the rounds already there."""
@@ -45,10 +49,12 @@ def train(
         InputError: input that cannot be used, a loss that is no number included.
     """
     wanted, run = _open(config, overrides, resume)
-    trial = prepare(wanted)
+    trial = prepare(wanted, masks=run.masks if run else None)
     # The folder is made last, so that wrong input leaves nothing behind.
     run = Run.create(wanted) if run is None else run
     with run.claimed(wanted, trial.facts):
+        if wanted.pruning and run.masks is None:
+            trial = prepare(wanted, trial.data, _pruned(run, trial))
         trial.federation.keep_states_in(run.store(), run.round)
         _rounds(run, trial.federation, watch)
         common = None
@@ -56,7 +62,8 @@ def train(
             weights = trial.federation.model_of(ROOT).state_dict()
             # These are of the clients' models: what is scored, the method says.
             metrics = {"scored": wanted.method.scored, **run.history.summary()["metrics"]}
-            common = trial.write_bundle(run.path / "bundle", "train", weights, metrics)
+            masks = trial.masks
+            common = trial.write_bundle(run.path / "bundle", "train", weights, metrics, masks)
         run.finish(common)
     return run
 
@@ -69,7 +76,13 @@ class Trial:
     data: FederatedData
     architecture: Architecture
     parent: bundle.Bundle | None
+    model: nn.Module
     federation: Federation
+
+    @property
+    def masks(self) -> Tensors:
+        """The masks under which the federation trains: name -> bool tensor, True where kept."""
+        return self.federation.setup.task.masks
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -89,6 +102,7 @@ class Trial:
         metrics: Mapping[str, Any],
         masks: Tensors | None = None,
         parent: bundle.Bundle | None = None,
+        mask_is: str = "kept",
     ) -> bundle.Bundle:
         """Write a model of this federation as a bundle with its provenance.
 
@@ -104,6 +118,7 @@ class Trial:
             architecture=self.architecture,
             data=self.data.fingerprint,
             masks=masks,
+            mask_is=mask_is,
             parent=parent or self.parent,
         )
 
@@ -118,6 +133,7 @@ def write_bundle(
     architecture: Architecture,
     data: str,
     masks: Tensors | None = None,
+    mask_is: str = "kept",
     parent: bundle.Bundle | None = None,
 ) -> bundle.Bundle:
     """Write a model of a run as a bundle with its provenance.
@@ -130,12 +146,13 @@ def write_bundle(
         path,
         stage=stage,
         weights=weights,
-        architecture=architecture.model_dump(mode="json"),
+        architecture=architecture.model_dump(mode="json", exclude_none=True),
         config={key: value for key, value in values.items() if key not in _NOT_PROVENANCE},
         seed=config.seed,
         data=data,
         metrics=metrics,
         masks=masks,
+        mask_is=mask_is,
         parent=parent,
     )
 
@@ -149,27 +166,23 @@ def diverged(config: RunConfig, error: DivergedError) -> InputError:
     )
 
 
-def prepare(config: RunConfig, data: FederatedData | None = None) -> Trial:
+def prepare(
+    config: RunConfig, data: FederatedData | None = None, masks: Tensors | None = None
+) -> Trial:
     """Read the data, build the model, and set up the federation of a configuration.
 
     Args:
         config: the configuration.
         data: what ``federate`` returned before for the same data and seed, to save the reading.
+        masks: what was found before the first round.
 
     Raises:
         InputError: input that cannot be used.
     """
     data = federate(config.data, config.seed) if data is None else data
-    parent = bundle.read_bundle(Path(config.model.bundle)) if config.model.bundle else None
-    architecture = Architecture(
-        name=config.model.name,
-        options=config.model.options,
-        shape=data.shape,
-        classes=len(data.classes),
-    )
-    model = build(architecture, config.seed)
-    if parent is not None:
-        _take_weights(model, parent, config)
+    model, architecture, parent = make_model(config, data)
+    if masks:
+        attach(model, masks)
     federation = Federation(
         model,
         data.clients,
@@ -183,7 +196,60 @@ def prepare(config: RunConfig, data: FederatedData | None = None) -> Trial:
         on_failure=config.on_failure,
         compare_up_to=config.compare_up_to,
     )
-    return Trial(config, data, architecture, parent, federation)
+    return Trial(config, data, architecture, parent, model, federation)
+
+
+def make_model(
+    config: RunConfig, data: FederatedData
+) -> tuple[nn.Module, Architecture, bundle.Bundle | None]:
+    """Return a configuration's model at its initial values, masks of its bundle included.
+
+    Raises:
+        InputError: input that cannot be used.
+    """
+    parent = bundle.read_bundle(Path(config.model.bundle)) if config.model.bundle else None
+    architecture = Architecture(
+        name=config.model.name,
+        options=config.model.options,
+        shape=data.shape,
+        classes=len(data.classes),
+        channels=parent.architecture.get("channels") if parent else None,
+    )
+    model = build(architecture, config.seed)
+    if parent is not None:
+        _take_weights(model, parent, config)
+        if parent.kept and config.pruning:
+            raise InputError("pruning", "a bundle that is pruned already", "one that is not")
+        attach(model, parent.kept)
+    return model, architecture, parent
+
+
+def _pruned(run: Run, trial: Trial) -> Tensors:
+    """Find the masks that a run trains under, and keep them in it."""
+    config = trial.config
+    assert config.pruning is not None  # noqa: S101 the caller has looked
+    _log.info("pruning by %s to a density of %g", config.pruning.method, config.pruning.density)
+    run.store()
+    try:
+        masks, result = pre_round(
+            trial.model,
+            trial.data.clients,
+            config.pruning,
+            config.training,
+            seed=config.seed,
+            tree=trial.federation.tree,
+            engine=config.engine,
+            on_failure=config.on_failure,
+        )
+    except DivergedError as error:
+        raise InputError(
+            "pruning", f"{config.pruning.method}, with which {error}", "smaller inner steps"
+        ) from error
+    run.keep_masks(masks, result)
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    total = sum(mask.numel() for mask in masks.values())
+    _log.info("%d of %d weights are kept", kept, total)
+    return masks
 
 
 def _rounds(run: Run, federation: Federation, watch: Watch | None) -> None:

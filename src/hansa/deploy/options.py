@@ -204,6 +204,8 @@ def _check(config: RunConfig, options: DeployOptions) -> None:
         )
     if config.tree.federations > 1 and options.federations:
         raise InputError("tree.federations", config.tree.federations, "1 with deploy.federations")
+    if config.pruning:
+        raise InputError("pruning", config.pruning.method, "none in a deployment")
     if config.model.bundle:
         raise InputError("model.bundle", config.model.bundle, "nothing in a deployment")
 

@@ -1,5 +1,5 @@
 """Models by name, and any class of the user's by ``module:Class``."""
 
-from hansa.models.build import Architecture, build
+from hansa.models.build import Architecture, build, restore
 
-__all__ = ["Architecture", "build"]
+__all__ = ["Architecture", "build", "restore"]

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from hansa.bundle import Bundle
 from hansa.errors import InputError
 from hansa.models.images import CNN, MLP, VGG16, ResNet18, ResNet20
 from hansa.models.resize import resize
@@ -85,6 +86,27 @@ def build(
     except Exception as error:  # a constructor may raise anything
         raise InputError(
             "model.options", f"options that {architecture.name} refuses ({error})", "its arguments"
+        ) from error
+    return model
+
+
+def restore(found: Bundle, trusted: Collection[str] | None = ()) -> nn.Module:
+    """Build the model that a bundle holds, with its weights.
+
+    Args:
+        found: what ``read_bundle`` returned.
+        trusted: names ``module:Class`` that may be imported, none by default; see ``build``.
+
+    Raises:
+        InputError: an architecture that cannot be built, or weights that do not fit it.
+    """
+    try:
+        architecture = Architecture.model_validate(found.architecture)
+        model = build(architecture, trusted=trusted)
+        model.load_state_dict(dict(found.weights))
+    except (ValidationError, RuntimeError) as error:
+        raise InputError(
+            "bundle", f"one that does not fit ({error})", "a model's bundle"
         ) from error
     return model
 

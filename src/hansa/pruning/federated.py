@@ -39,7 +39,7 @@ def pre_round(
         model: as for ``Federation``.
         clients: name -> what the client holds.
         options: the scorer and what it is to keep.
-        training: whose ``batch_size`` is that of the scoring.
+        training: whose ``batch_size`` is that of the scoring, where the options have none.
         seed: everything random is derived from it.
         tree: the federation's shape.
         engine: how the work is done: on Flower, or leaf by leaf by so many processes.
@@ -52,8 +52,10 @@ def pre_round(
     Raises:
         InputError: options that do not fit the model or each other.
     """
-    engine = engine or EngineOptions()
-    about = options.model_dump(exclude={"method", "options"})
+    engine, training = engine or EngineOptions(), training or Training()
+    if options.batch_size:
+        training = training.model_copy(update={"batch_size": options.batch_size})
+    about = options.model_dump(exclude={"method", "options", "batch_size"})
     given = None
     if not options.scorer.needs_data:
         about.pop("combine")

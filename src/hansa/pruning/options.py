@@ -30,6 +30,8 @@ class PruningOptions(BaseModel):
     """Layer, or pattern with ``*`` -> a density of its own."""
     exclude: tuple[str, ...] = ()
     """Patterns of layers that stay dense and are not counted."""
+    batch_size: int | None = Field(None, ge=1, strict=True)
+    """Samples in a batch that is scored; that of the training where it is not set."""
     combine: Literal["scores", "gradients"] = "scores"
     """In a federation: the mean of the clients' own scores, or scores of their mean gradients."""
 

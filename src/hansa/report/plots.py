@@ -130,6 +130,39 @@ def heatmap(
     return _svg(figure, axes)
 
 
+def bars(values: Mapping[str, float], *, title: str, x: str) -> str:
+    """Return one bar per name, on a logarithmic axis that ends at 100 %."""
+    figure, axes = _figure(title, x, "")
+    figure.set_figheight(1.2 + 0.24 * len(values))
+    axes.barh(range(len(values)), list(values.values()), color=COLOURS[0])
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(0.5 * min(values.values()), 1.1)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    return _svg(figure, axes)
+
+
+def histogram(values: Mapping[str, Sequence[float]], *, title: str, x: str, y: str) -> str:
+    """Return counts over equal bins, one outline per series, on a logarithmic axis."""
+    figure, axes = _figure(title, x, y)
+    drawn = [number for row in values.values() for number in row]
+    span = (min(drawn), max(drawn)) if drawn else (0.0, 1.0)
+    for k, (name, row) in enumerate(values.items()):
+        axes.hist(
+            row,
+            bins=60,
+            range=span,
+            histtype="step",
+            label=name,
+            linewidth=1.8,
+            color=COLOURS[k % len(COLOURS)],
+            linestyle=DASHES[k % len(DASHES)],
+        )
+    axes.set_yscale("log", nonpositive="clip")
+    return _svg(figure, axes)
+
+
 def size(num: float) -> str:
     """Return a number of bytes for people, in decimal units."""
     for unit in ("B", "kB", "MB"):
