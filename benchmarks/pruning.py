@@ -106,9 +106,9 @@ def tasks(data: str | None, quick: bool) -> dict[str, Task]:
     made = {"digits, cnn": Task(digits, model, 400 // few, 64, 0.1)}
     if data is not None:
         cifar = {"source": f"parquet:{data}", "size": [16, 16], "validation": 0.0, "test": 0.05}
-        for name, width in (("resnet20", 16), ("vgg16", 16)):
+        for name, width in (("resnet20", 16), ("vgg16", 8)):
             model = {"name": name, "options": {"norm": "batch", "width": width}}
-            made[f"cifar10, {name}"] = Task(cifar, model, 150 // few, 64, 0.05)
+            made[f"cifar10, {name}"] = Task(cifar, model, 100 // few, 64, 0.05)
     return made
 
 
@@ -119,7 +119,7 @@ def accuracy(cell: Cell, task: Task) -> float:
     architecture = Architecture(**task.model, shape=shape, classes=classes)
     model = build(architecture, cell.seed)
     # Scored on batches that come before those of the training.
-    batches = [next(_batches(data["train"], 128, cell.seed, "score", k)) for k in range(8)]
+    batches = [next(_batches(data["train"], 64, cell.seed, "score", k)) for k in range(8)]
     if cell.row != "dense":
         masks = find(model, batches, cell)
         if ROWS[cell.row].get("control") == "reinitialised":

@@ -144,7 +144,9 @@ def test_an_unknown_name_is_told_what_there_is(name: str) -> None:
     with pytest.raises(InputError) as caught:
         build(of(name))
     assert caught.value.key == "model.name"
-    assert str(caught.value).endswith("allowed: mlp, cnn, resnet18 or module:Class")
+    assert str(caught.value).endswith(
+        "allowed: mlp, cnn, resnet18, resnet20, vgg16 or module:Class"
+    )
 
 
 def test_an_unknown_option_is_named_with_those_there_are() -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torch_pruning
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from hansa.errors import InputError
 from hansa.models.resize import RESIZABLE
@@ -112,7 +112,7 @@ def prune_channels(
         found = {group.root: _of_outputs(group, model, derivative) for group in groups}
     else:
         element = scorer.scores(objective, data, seed)
-        found = {group.root: _of_weights(group, element) for group in groups}
+        found = {group.root: _of_weights(group, model, element) for group in groups}
     kept = select(found, density, floor=floor)
     masks = _masks(model, groups, kept)
     layers = dict(small.named_modules())
@@ -120,7 +120,8 @@ def prune_channels(
         gone = (~kept[group.root]).nonzero().flatten().tolist()
         if gone:
             root = layers[group.root]
-            graph.get_pruning_group(root, _pruner(root), idxs=gone).prune()
+            cut = graph.get_pruner_of_module(root).prune_out_channels
+            graph.get_pruning_group(root, cut, idxs=gone).prune()
     return Pruned(small, masks, found, kept)
 
 
@@ -162,25 +163,14 @@ def _groups(
                 )
         for item in items:
             module = item.dep.target.module
-            if has_outputs(item.dep.handler.__name__) and isinstance(module, RESIZABLE):
-                outputs[paths[module]] = tuple(item.root_idxs)
+            if item.dep.handler.__name__ == "prune_out_channels" and isinstance(module, RESIZABLE):
+                of = dict(zip(item.idxs, item.root_idxs, strict=True))  # in no order of its own
+                outputs[paths[module]] = tuple(of[k] for k in range(len(of)))
         root = paths[items[0].dep.target.module]
         groups.append(Group(root, len(outputs[root]), outputs))
     if not groups:
         raise InputError("model", "no channels that may go", "more than one layer")
     return graph, sorted(groups, key=lambda group: list(paths.values()).index(group.root))
-
-
-def has_outputs(handler: str) -> bool:
-    """Tell whether a handler of the library takes out a layer's outputs, not its inputs."""
-    return handler == "prune_out_channels"
-
-
-def _pruner(module: nn.Module) -> object:
-    linear = isinstance(module, nn.Linear)
-    return (
-        torch_pruning.prune_linear_out_channels if linear else torch_pruning.prune_conv_out_channels
-    )
 
 
 def _last(model: nn.Module, example: torch.Tensor) -> nn.Module | None:
@@ -203,42 +193,52 @@ def _last(model: nn.Module, example: torch.Tensor) -> nn.Module | None:
 
 
 def _of_outputs(group: Group, model: nn.Module, derivative: Tensors) -> torch.Tensor:
-    """Return each channel's derivative with respect to a factor on what it gives out."""
+    """Return each channel's derivative by a factor on what it gives out."""
     layers = dict(model.named_modules())
     params = dict(model.named_parameters())
     normalised = [path for path in group.outputs if isinstance(layers[path], _BatchNorm)]
-    total = torch.zeros(group.size)
-    for path in normalised or list(group.outputs):
+    total = torch.zeros(group.size, dtype=torch.float64)
+    for path in normalised or group.outputs:
         for kind in ("weight", "bias"):
-            name = f"{path}.{kind}"
-            if name in derivative:
-                product = (params[name].detach() * derivative[name]).flatten(
-                    1 if params[name].dim() > 1 else 0
-                )
-                each = product.sum(1) if product.dim() > 1 else product
-                total.index_add_(0, torch.tensor(group.outputs[path]), each.float().cpu())
+            if (name := f"{path}.{kind}") in derivative:
+                product = params[name].detach() * derivative[name]
+                total.index_add_(0, *_summed(product, layers[path], group.outputs[path]))
     return total.abs()
 
 
-def _of_weights(group: Group, element: Tensors) -> torch.Tensor:
+def _of_weights(group: Group, model: nn.Module, element: Tensors) -> torch.Tensor:
     """Return the sums of the scores of each channel's filters."""
+    layers = dict(model.named_modules())
     total = torch.zeros(group.size, dtype=torch.float64)
     for path, channels in group.outputs.items():
         if (name := f"{path}.weight") in element:
-            each = element[name].double().flatten(1).sum(1).cpu()
-            total.index_add_(0, torch.tensor(channels), each)
+            total.index_add_(0, *_summed(element[name], layers[path], channels))
     return total
 
 
+def _summed(
+    tensor: torch.Tensor, layer: nn.Module, channels: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the channel of each of a layer's outputs, and the sum of what belongs to it."""
+    rows = _outputs_first(tensor, layer).reshape(len(channels), -1)
+    return torch.tensor(channels), rows.double().sum(1).cpu()
+
+
+def _outputs_first(tensor: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    turned = tensor.dim() > 1 and isinstance(layer, _ConvTransposeNd)
+    return tensor.transpose(0, 1) if turned else tensor
+
+
 def _masks(model: nn.Module, groups: Sequence[Group], kept: Tensors) -> dict[str, torch.Tensor]:
+    layers = dict(model.named_modules())
     params = dict(model.named_parameters())
     masks = {}
     for group in groups:
         for path, channels in group.outputs.items():
             keep = kept[group.root][torch.tensor(channels)]
             for kind in ("weight", "bias"):
-                tensor = params.get(f"{path}.{kind}")
-                if tensor is not None:
-                    shape = (-1, *[1] * (tensor.dim() - 1))
-                    masks[f"{path}.{kind}"] = keep.reshape(shape).expand(tensor.shape).clone()
+                if (tensor := params.get(f"{path}.{kind}")) is not None:
+                    mask = torch.zeros(tensor.shape, dtype=torch.bool)
+                    _outputs_first(mask, layers[path])[keep] = True
+                    masks[f"{path}.{kind}"] = mask
     return masks

@@ -81,10 +81,10 @@ class Exchange(Method):
                 raise InputError("pruning.iterations", self.iterations, "1 with gradients")
             if isinstance(self.scorer, ProsPr) and self.scorer.order == "unrolled":
                 raise InputError(
-                    "pruning.scorer.order", "'unrolled'", "exact or first, by gradients"
+                    "pruning.options.order", "'unrolled'", "exact or first, by gradients"
                 )
         elif not self.scorer.nested:
-            raise InputError("pruning.scorer", self.scorer.name, "another scorer in a federation")
+            raise InputError("pruning.method", self.scorer.name, "another scorer in a federation")
 
     def order_of(self, node: Node) -> int:
         """Return 1: every exchange sees the same batches."""

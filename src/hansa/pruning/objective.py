@@ -173,12 +173,15 @@ def masked(params: Tensors, masks: Tensors) -> dict[str, torch.Tensor]:
 
 def mean(parts: Iterator[tuple[Tensors, int]]) -> dict[str, torch.Tensor]:
     """Return the mean of tensors of batches, weighted by the batches' samples."""
-    total: dict[str, torch.Tensor] = {}
-    count = 0
+    first, first_samples = next(parts)
+    total = {name: tensor * first_samples for name, tensor in first.items()}
+    count = first_samples
     for tensors, samples in parts:
         count += samples
         for name, tensor in tensors.items():
-            total[name] = total[name] + tensor * samples if name in total else tensor * samples
+            total[name] += tensor * samples
+    if count == first_samples:  # nothing is rounded where there is nothing to average
+        return dict(first)
     return {name: tensor / count for name, tensor in total.items()}
 
 

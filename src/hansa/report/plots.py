@@ -134,6 +134,7 @@ def bars(values: Mapping[str, float], *, title: str, x: str) -> str:
     """Return one bar per name, on a logarithmic axis that ends at 100 %."""
     figure, axes = _figure(title, x, "")
     figure.set_figheight(1.2 + 0.24 * len(values))
+    axes.set_axisbelow(True)
     axes.barh(range(len(values)), list(values.values()), color=COLOURS[0])
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
