@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hansa.data.federate import DataOptions, federate
+from hansa.files import write_atomic
 from hansa.models import Architecture, build
 from hansa.pruning import SCORERS, attach, find_masks, scores, select
 from hansa.seeding import generator
@@ -237,7 +238,7 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         value = make()
-        path.write_text(json.dumps(value))
+        write_atomic(path, json.dumps(value))
     return json.loads(path.read_text())
 
 

@@ -7,7 +7,9 @@ A bundle is a folder:
 ``architecture.json``
     how to build the model.
 ``masks.safetensors``
-    masks by parameter name, where there are any.
+    a method's masks by parameter name, where there are any.
+``kept.safetensors``
+    which weights of a pruned model are there at all, by parameter name.
 ``card.json``
     provenance: stage, configuration, seed, data fingerprint, metrics, the digests of the files
     above, and the digests of the bundles that this one came from.
@@ -32,11 +34,12 @@ from hansa.errors import InputError
 from hansa.files import sync_folder, write_atomic
 
 FORMAT = 1
-CARD, ARCHITECTURE, WEIGHTS, MASKS = (
+CARD, ARCHITECTURE, WEIGHTS, MASKS, KEPT = (
     "card.json",
     "architecture.json",
     "weights.safetensors",
     "masks.safetensors",
+    "kept.safetensors",
 )
 Tensors = Mapping[str, torch.Tensor]
 
@@ -48,7 +51,9 @@ class Bundle:
     Attributes:
         weights: every parameter and buffer by name.
         architecture: how to build the model.
-        masks: bool masks by parameter name; empty where there are none.
+        masks: a method's bool masks by parameter name; empty where there are none.
+        kept: bool masks by parameter name, True where a weight was kept by pruning; empty where
+            nothing was pruned.
         card: provenance.
         digest: SHA-256 of the card, as hex.
     """
@@ -56,13 +61,9 @@ class Bundle:
     weights: Tensors
     architecture: Mapping[str, Any]
     masks: Tensors
+    kept: Tensors
     card: Mapping[str, Any]
     digest: str
-
-    @property
-    def kept(self) -> Tensors:
-        """The masks, where they say which weights of a pruned model are there at all."""
-        return self.masks if self.card.get("mask_is") == "kept" else {}
 
     @property
     def lineage(self) -> list[dict[str, str]]:
@@ -81,7 +82,7 @@ def write(
     data: str,
     metrics: Mapping[str, Any],
     masks: Tensors | None = None,
-    mask_is: str = "kept",
+    kept: Tensors | None = None,
     parent: Bundle | None = None,
 ) -> Bundle:
     """Write a bundle; the folder appears whole or not at all.
@@ -95,9 +96,8 @@ def write(
         seed: the run's seed.
         data: fingerprint of the data.
         metrics: what was measured, as JSON values.
-        masks: bool masks by parameter name.
-        mask_is: what an entry is where its mask is True: ``kept`` by pruning, or what a method
-            calls it, such as ``personal``.
+        masks: a method's bool masks by parameter name.
+        kept: bool masks by parameter name, True where a weight was kept by pruning.
         parent: the bundle that the stage started from.
 
     Raises:
@@ -109,8 +109,9 @@ def write(
         ARCHITECTURE: _json(architecture),
         WEIGHTS: _tensors(weights),
     }
-    if masks:
-        files[MASKS] = _tensors(masks)
+    for name, group in ((MASKS, masks), (KEPT, kept)):
+        if group:
+            files[name] = _tensors(group)
     card = {
         "format": FORMAT,
         "stage": stage,
@@ -121,8 +122,6 @@ def write(
         "lineage": parent.lineage if parent else [],
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
-    if masks:
-        card["mask_is"] = mask_is
     files[CARD] = _json(card)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
@@ -158,6 +157,7 @@ def read_bundle(path: str | Path) -> Bundle:
             ARCHITECTURE,
             WEIGHTS,
             MASKS,
+            KEPT,
         }
         complete = complete and isinstance(card["lineage"], list) and "stage" in card
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -173,11 +173,14 @@ def read_bundle(path: str | Path) -> Bundle:
             raise InputError(str(path / name), "content that differs from the card", f"{digest}")
     try:
         weights = safetensors.torch.load(content[WEIGHTS])
-        masks = safetensors.torch.load(content[MASKS]) if MASKS in content else {}
+        masks, kept = (
+            safetensors.torch.load(content[name]) if name in content else {}
+            for name in (MASKS, KEPT)
+        )
         architecture = json.loads(content[ARCHITECTURE])
     except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(str(path), f"unreadable content ({error})", "a bundle") from error
-    return Bundle(weights, architecture, masks, card, hashlib.sha256(card_bytes).hexdigest())
+    return Bundle(weights, architecture, masks, kept, card, hashlib.sha256(card_bytes).hexdigest())
 
 
 def _bytes(path: Path, name: str) -> bytes:

@@ -34,7 +34,7 @@ def export(run: str | Path | Run, client: str, out: str | Path | None = None) ->
         federation = trial.federation
         federation.keep_states_in(run.store(), run.round)
         weights = federation.model_of(client).state_dict()
-        own = federation.masks_of(client)
+        masks = federation.masks_of(client)
     common = run.path / "bundle"
     finished = (run.path / "summary.json").exists() and common.exists()
     return trial.write_bundle(
@@ -42,9 +42,8 @@ def export(run: str | Path | Run, client: str, out: str | Path | None = None) ->
         "personalise",
         weights,
         _scores(run, client),
-        own or trial.masks,
+        masks,
         bundle.read_bundle(common) if finished else None,
-        mask_is=run.config.method.mask_is if own else "kept",
     )
 
 

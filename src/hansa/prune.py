@@ -18,10 +18,12 @@ from hansa import bundle
 from hansa.config import RunConfig, load
 from hansa.data.federate import FederatedData, federate
 from hansa.errors import InputError
+from hansa.federation.federation import check_batches
 from hansa.files import write_atomic
 from hansa.models.masks import attach, finalise
 from hansa.models.resize import channels_of
-from hansa.pruning.channels import By, prune_channels
+from hansa.pruning.channels import By, outputs_first, prune_channels
+from hansa.pruning.federated import check_pruning
 from hansa.pruning.find import Watch, find_masks
 from hansa.pruning.objective import Batch, Tensors
 from hansa.pruning.options import PruningOptions
@@ -80,7 +82,10 @@ def prune(
         raise InputError("pruning", "nothing", "a table [pruning] with a density, or --density")
     data = federate(config.data, config.seed)
     model, architecture, parent = make_model(config, data)
+    check_pruning(model, options, federated=False)
     batches = list(_batches(config, options, data))
+    if len(batches[0][1]) == 1:
+        check_batches(model, data.clients, 1)
     if structured:
         _check_structured(options)
         made = _without_channels(config, options, model, batches, by)
@@ -98,7 +103,7 @@ def prune(
         config=config,
         architecture=architecture,
         data=data.fingerprint,
-        masks=made.masks,
+        kept=made.masks,
         parent=parent,
     )
     if structured:  # it differs from time to time, and so has no place in the bundle
@@ -162,15 +167,20 @@ def _without_weights(
     found = find_masks(
         model, batches, scorer=options.scorer, seed=config.seed, watch=watch, **about
     )
-    flops = _flops(model, batches[0][0][:1])
+    flops, by_layer = _flops(model, batches[0][0][:1])
     small = copy.deepcopy(model)
     attach(small, found.masks)
     finalise(small)
     weights = sum(p.numel() for p in model.parameters())
     gone = sum(int((~mask).sum()) for mask in found.masks.values())
     densities = {key: float(mask.double().mean()) for key, mask in found.masks.items()}
-    left = sum(value * densities.get(f"{path}.weight", 1.0) for path, value in flops.items())
-    figures = _figures(found.masks, (weights, weights - gone), (sum(flops.values()), round(left)))
+    saved = sum(n * (1 - densities.get(f"{path}.weight", 1.0)) for path, n in by_layer.items())
+    layers = dict(model.named_modules())
+    turned = {
+        key: outputs_first(mask, layers[key.rpartition(".")[0]])
+        for key, mask in found.masks.items()
+    }
+    figures = _figures(turned, (weights, weights - gone), (flops, round(flops - saved)))
     return _Made(small, found.masks, found.scores, found.masks, figures)
 
 
@@ -194,7 +204,7 @@ def _without_channels(
     parameters, flops = [], []
     for each in (model, found.model):
         parameters.append(sum(p.numel() for p in each.parameters()))
-        flops.append(sum(_flops(each, batches[0][0][:1]).values()))
+        flops.append(_flops(each, batches[0][0][:1])[0])
     figures = _figures(found.kept, tuple(parameters), tuple(flops))
     return _Made(found.model, {}, found.scores, found.kept, figures)
 
@@ -218,19 +228,28 @@ def _figures(kept: Tensors, parameters: tuple[int, ...], flops: tuple[int, ...])
     }
 
 
-def _flops(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
-    """Return layer -> floating-point operations of one sample's forward pass."""
+def _flops(model: nn.Module, example: torch.Tensor) -> tuple[int, dict[str, int]]:
+    """Return the floating-point operations of one sample's forward pass, and those by layer.
+
+    What runs outside of any layer is part of the first number only.
+    """
     training = model.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(example)
-    model.train(training)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it hides its products from the counter
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.eval()(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        model.train(training)
     counts = counter.get_flop_counts()
     whole = type(model).__name__
-    return {
+    layers = {
         path: sum(counts.get(f"{whole}.{path}", {}).values())
         for path, module in model.named_modules()
         if path and not list(module.children())
     }
+    return sum(counts["Global"].values()), layers
 
 
 def _speed(before: nn.Module, after: nn.Module, inputs: torch.Tensor) -> dict[str, float]:

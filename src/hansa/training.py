@@ -19,7 +19,7 @@ from hansa.federation.message import MessageError, Tensors
 from hansa.federation.tree import ROOT, Tree
 from hansa.models import Architecture, build
 from hansa.models.masks import attach
-from hansa.pruning.federated import pre_round
+from hansa.pruning.federated import check_pruning, pre_round
 from hansa.runs import Run
 
 _log = logging.getLogger("hansa")
@@ -62,8 +62,7 @@ def train(
             weights = trial.federation.model_of(ROOT).state_dict()
             # These are of the clients' models: what is scored, the method says.
             metrics = {"scored": wanted.method.scored, **run.history.summary()["metrics"]}
-            masks = trial.masks
-            common = trial.write_bundle(run.path / "bundle", "train", weights, metrics, masks)
+            common = trial.write_bundle(run.path / "bundle", "train", weights, metrics)
         run.finish(common)
     return run
 
@@ -80,7 +79,7 @@ class Trial:
     federation: Federation
 
     @property
-    def masks(self) -> Tensors:
+    def kept(self) -> Tensors:
         """The masks under which the federation trains: name -> bool tensor, True where kept."""
         return self.federation.setup.task.masks
 
@@ -102,7 +101,6 @@ class Trial:
         metrics: Mapping[str, Any],
         masks: Tensors | None = None,
         parent: bundle.Bundle | None = None,
-        mask_is: str = "kept",
     ) -> bundle.Bundle:
         """Write a model of this federation as a bundle with its provenance.
 
@@ -118,7 +116,7 @@ class Trial:
             architecture=self.architecture,
             data=self.data.fingerprint,
             masks=masks,
-            mask_is=mask_is,
+            kept=self.kept,
             parent=parent or self.parent,
         )
 
@@ -133,7 +131,7 @@ def write_bundle(
     architecture: Architecture,
     data: str,
     masks: Tensors | None = None,
-    mask_is: str = "kept",
+    kept: Tensors | None = None,
     parent: bundle.Bundle | None = None,
 ) -> bundle.Bundle:
     """Write a model of a run as a bundle with its provenance.
@@ -152,7 +150,7 @@ def write_bundle(
         data=data,
         metrics=metrics,
         masks=masks,
-        mask_is=mask_is,
+        kept=kept,
         parent=parent,
     )
 
@@ -183,6 +181,8 @@ def prepare(
     model, architecture, parent = make_model(config, data)
     if masks:
         attach(model, masks)
+    elif config.pruning:
+        check_pruning(model, config.pruning)
     federation = Federation(
         model,
         data.clients,

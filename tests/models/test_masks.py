@@ -140,6 +140,11 @@ def test_tied_parameters_and_second_masks_are_refused() -> None:
     tied[1].weight = tied[0].weight
     with pytest.raises(InputError, match="tied"):
         attach(tied, {"0.weight": torch.ones(3, 3, dtype=torch.bool)})
+    layer = nn.Linear(3, 3)
+    shared = nn.Sequential(layer, layer)  # one layer used twice has one weight
+    mask = torch.eye(3, dtype=torch.bool)
+    attach(shared, {"0.weight": mask})
+    assert not shared[1].weight[~mask].any()
     model = attach(net(), drawn(net()))
     with pytest.raises(InputError, match="already"):
         attach(model, drawn(net()))

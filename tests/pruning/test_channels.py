@@ -145,9 +145,47 @@ def test_excluded_layers_keep_their_channels() -> None:
     assert not any(root.startswith("body.layer1_") for root in found.kept)
 
 
+class Joined(nn.Module):
+    """Two convolutions side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        maps = torch.cat([self.first(inputs), self.second(inputs)], 1)
+        return self.head(self.norm(maps).mean((2, 3)))
+
+
+class Split(nn.Module):
+    """A convolution whose channels are added to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.head = nn.Linear(3, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        one, two = self.first(inputs).chunk(2, 1)
+        return self.head((one + two).mean((2, 3)))
+
+
+def chain(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "options", "match"),
     [
+        (Joined, {}, "norm"),
+        (Split, {}, "first"),
+        (lambda: chain(nn.Conv2d(8, 8, 3, groups=2)), {}, "2 groups"),
+        (lambda: chain(nn.BatchNorm2d(8, affine=False)), {}, "without weights"),
         (lambda: ResNet18((3, 8, 8), 10, width=16), {}, "GroupNorm"),
         (MODELS["cnn"], {"by": "output", "scorer": Grasp()}, "output"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), {}, "no channels"),

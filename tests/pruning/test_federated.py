@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import hansa
 from hansa import Federation, Training
@@ -9,15 +10,17 @@ from hansa.bundle import read_bundle
 from hansa.errors import InputError
 from hansa.federation.engines.engine import RoundResult
 from hansa.federation.engines.plan import EngineOptions
+from hansa.federation.leaf import DivergedError
 from hansa.federation.methods import METHODS
 from hansa.federation.tree import Tree
 from hansa.models.masks import attach
 from hansa.pruning import Snip, find_masks, scores, select
 from hansa.pruning.federated import pre_round
 from hansa.pruning.options import PruningOptions
-from support import clients, config, net, same
+from hansa.pruning.select import count
+from support import FEATURES, clients, config, net, same
 
-TRAINING = Training(lr=0.1, batch_size=3)
+TRAINING = Training(lr=0.1, batch_size=3, epochs=2)
 
 
 def pooled(data: dict[str, hansa.Client]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,12 +75,36 @@ def test_clients_scores_are_averaged_by_their_samples() -> None:
 
 
 def test_iterations_are_nested_and_send_less_and_less() -> None:
-    data, model = clients(3), net()
-    wanted = PruningOptions(method="snip", density=0.1, iterations=3)
-    masks, result = pre_round(model, data, wanted, TRAINING)
+    data, model = clients(3), nn.Sequential(nn.Linear(FEATURES, 300), nn.ReLU(), nn.Linear(300, 3))
+    before = None
+    for iterations in (1, 2, 3):  # the same schedule, looked at after each of its steps
+        density = 0.1 ** (iterations / 3)
+        options = PruningOptions(method="magnitude", density=density, iterations=iterations)
+        masks, _ = pre_round(model, data, options, TRAINING)
+        assert before is None or all((before[name] | ~masks[name]).all() for name in masks)
+        before = masks
+    options = PruningOptions(method="snip", density=0.1, iterations=3)
+    masks, result = pre_round(model, data, options, TRAINING)
     total = sum(mask.numel() for mask in masks.values())
-    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.1 * total)
-    assert len(result.visits) == (3 + 1) * 3
+    assert sum(int(mask.sum()) for mask in masks.values()) == count(0.1, total)
+    down = [visit.down for visit in result.visits if visit.path == "root/c0"]
+    assert len(down) == 4
+    assert down == sorted(down, reverse=True)
+    assert down[3] < 0.1 * down[0]  # bits
+
+
+@pytest.mark.parametrize("combine", ["scores", "gradients"])
+def test_a_client_whose_loss_is_no_number_stops_the_search_or_is_left_out(combine) -> None:
+    data = clients(3)
+    inputs, labels = data["c1"].batch("train")
+    bad = {**data, "c1": hansa.Client.of((inputs * float("inf"), labels), data["c1"].batch("test"))}
+    options = PruningOptions(method="snip", density=0.3, combine=combine, batch_size=100)
+    with pytest.raises(DivergedError, match="c1"):
+        pre_round(net(), bad, options, TRAINING)
+    masks, result = pre_round(net(), bad, options, TRAINING, on_failure="drop")
+    assert {visit.path for visit in result.visits if visit.fate == "failed"} == {"root/c1"}
+    others = {name: client for name, client in data.items() if name != "c1"}
+    assert same(masks, pre_round(net(), others, options, TRAINING)[0])
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "synflow"])
@@ -100,7 +127,7 @@ def test_what_sees_no_data_asks_nothing(method) -> None:
         ({"method": "snip", "combine": "gradients", "iterations": 2}, "pruning.iterations"),
         ({"combine": "gradients", "options": {"order": "unrolled"}}, "pruning.options.order"),
         ({"method": "force"}, "pruning.method"),
-        ({"exclude": ["nope"]}, "exclude"),
+        ({"exclude": ["nope"]}, "pruning.exclude"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, key) -> None:
@@ -171,12 +198,20 @@ def test_a_run_prunes_once_counts_it_and_goes_on(tmp_path) -> None:
     assert opened.round == run.round
 
     # The bundle is where another run may begin, under the same masks.
-    values = {**config(tmp_path), "name": "after", "method": {"name": "fedavg"}}
+    values = {**config(tmp_path), "name": "after"}
     values["model"] = {**values.get("model", {}), "bundle": str(run.path / "bundle")}
     after = hansa.train(values)
     assert same(read_bundle(after.path / "bundle").kept, masks)
     own = hansa.export(after, "client-0", tmp_path / "own")
     assert same(own.kept, masks)
+    assert own.masks  # its personal entries
+
+
+def test_wrong_options_leave_nothing_behind(tmp_path) -> None:
+    for wrong in ({"exclude": ["nope"]}, {"method": "force"}, {"density": 1e-6}):
+        with pytest.raises(InputError, match=r"pruning\."):
+            hansa.train({**config(tmp_path), "pruning": {"density": 0.5, **wrong}})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_kill_before_the_masks_are_there_begins_again(tmp_path, monkeypatch) -> None:

@@ -60,7 +60,7 @@ def outcome(
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_scores_are_the_derivative_by_masks(steps: int, momentum: float) -> None:
-    """Central differences along each single mask entry's direction, and along a random one."""
+    """Central differences along the directions of single entries."""
     model, data = smooth(), batches()
     scorer = ProsPr(inner_steps=steps, momentum=momentum, inner_lr=0.3)
     found = scores(model, data, scorer=scorer)
@@ -211,9 +211,28 @@ def test_unused_and_tied_and_frozen_parameters_are_legal() -> None:
     torch.manual_seed(0)
     model = Odd().double()
     found = scores(model, batches())
-    assert set(found) == {"first.weight", "unused.weight", "head.weight"}
+    assert set(found) == {"unused.weight", "head.weight"}  # tied ones stay
     assert not found["unused.weight"].any()
     assert largest(found, scores(model, batches(), scorer=ProsPr(order="unrolled"))) < 1e-12
+
+
+def test_attention_can_be_differentiated_twice() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.Unflatten(1, (2, 4)), encoder, nn.Flatten(), nn.Linear(8, 3)).double()
+    data = batches(shape=(8,))
+    first, second = (
+        scores(model, data, scorer=ProsPr(order=order))  # type: ignore[arg-type]
+        for order in ("exact", "unrolled")
+    )
+    assert "1.self_attn.in_proj_weight" in first
+    assert largest(first, second) < 1e-12
+
+
+def test_parametrized_weights_are_left_alone() -> None:
+    model = smooth()
+    nn.utils.parametrizations.weight_norm(model[0])
+    assert set(scores(model, batches())) == {"2.weight", "4.weight"}
 
 
 @pytest.mark.parametrize(

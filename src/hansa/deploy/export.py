@@ -49,5 +49,4 @@ def export(folder: Path, out: Path) -> bundle.Bundle:
         architecture=charter.architecture,
         data="held by the party",
         masks=method.masks(charter.setup, state),
-        mask_is=method.mask_is,
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hansa.federation.engines.engine import RoundResult
 from hansa.federation.tree import name_of
@@ -184,7 +185,8 @@ class History:
 
     def _speed(self) -> dict[str, Any]:
         """Return rounds a minute, samples a second, and how the work was done."""
-        rounds = self.table("rounds").to_pydict()
+        trained = pc.field("round") > 0  # not what came before the first round
+        rounds = self.table("rounds").filter(trained).to_pydict()
         seconds = sum(rounds["seconds"])
         rate = 1 / seconds if seconds else 0.0
         return {

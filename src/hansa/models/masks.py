@@ -5,6 +5,7 @@ masked, and its gradient is zero where the mask is. Since masked entries start a
 weight decay find nothing there to move.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -54,9 +55,7 @@ def attach(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
         raise InputError("model", "masks already attached", "a model without; finalise it first")
     owners = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    uses: dict[int, int] = {}
-    for parameter in parameters.values():
-        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    tied = tied_parameters(model)
     for name, mask in masks.items():
         if name not in parameters:
             raise InputError(f"masks.{name}", "no such parameter", ", ".join(list(parameters)[:6]))
@@ -64,7 +63,7 @@ def attach(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
         if mask.shape != parameter.shape or mask.dtype is not torch.bool:
             found = f"{mask.dtype} {tuple(mask.shape)}"
             raise InputError(f"masks.{name}", found, f"torch.bool {tuple(parameter.shape)}")
-        if uses[id(parameter)] > 1:
+        if id(parameter) in tied:
             raise InputError(f"masks.{name}", "a tied parameter", "one of its own; exclude it")
     for name, mask in masks.items():
         owner, _, attribute = name.rpartition(".")
@@ -73,6 +72,17 @@ def attach(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
             owners[owner], attribute, Mask(mask.detach().clone().to(device))
         )
     return model
+
+
+def tied_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that several modules, or several names of one, hold."""
+    held = [
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    ]
+    return {key for key, times in Counter(held).items() if times > 1}
 
 
 def masks_of(model: nn.Module) -> dict[str, torch.Tensor]:

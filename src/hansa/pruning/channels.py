@@ -27,6 +27,7 @@ from hansa.pruning.scorer import GradientScorer, Scorer
 from hansa.pruning.select import select
 
 By = Literal["output", "sum"]
+_ALLOWED = "convolutions, linear layers and BatchNorm (norm = 'batch'); or exclude it"
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,10 @@ def prune_channels(
             root = layers[group.root]
             cut = graph.get_pruner_of_module(root).prune_out_channels
             graph.get_pruning_group(root, cut, idxs=gone).prune()
+    for group in groups:
+        for path, channels in group.outputs.items():
+            if _num_outputs(layers[path]) != int(kept[group.root][torch.tensor(channels)].sum()):
+                raise InputError("model", f"{path}, which did not shrink as wanted", "exclude it")
     return Pruned(small, masks, found, kept)
 
 
@@ -149,28 +154,47 @@ def _groups(
         model.train(training)
     groups = []
     for items in found:
-        outputs: dict[str, tuple[int, ...]] = {}
-        for dependency, _ in items:
-            module = dependency.target.module
+        root = paths[items[0].dep.target.module]
+        for item in items:
+            module = item.dep.target.module
             path = paths.get(module)
-            has_weights = path is not None and bool(list(module.parameters(recurse=False)))
-            if has_weights and not isinstance(module, RESIZABLE):
-                raise InputError(
-                    "model",
-                    f"{path}, a {type(module).__name__}, among the channels of "
-                    f"{paths[items[0].dep.target.module]}",
-                    "convolutions, linear layers and BatchNorm (norm = 'batch'); or exclude it",
-                )
+            if why := _obstacle(module) if path is not None else "":
+                raise InputError("model", f"{path}, {why}, among the channels of {root}", _ALLOWED)
+        outputs: dict[str, tuple[int, ...]] = {}
         for item in items:
             module = item.dep.target.module
             if item.dep.handler.__name__ == "prune_out_channels" and isinstance(module, RESIZABLE):
                 of = dict(zip(item.idxs, item.root_idxs, strict=True))  # in no order of its own
-                outputs[paths[module]] = tuple(of[k] for k in range(len(of)))
-        root = paths[items[0].dep.target.module]
+                if sorted(of) != list(range(_num_outputs(module))):
+                    found_here = f"{paths[module]}, of whose channels only some are {root}'s"
+                    raise InputError("model", found_here, "no concatenation; or exclude it")
+                outputs[paths[module]] = tuple(of[k] for k in sorted(of))
+        if outputs[root] != tuple(range(len(outputs[root]))):
+            raise InputError("model", f"{root}, whose channels are split", "exclude it")
         groups.append(Group(root, len(outputs[root]), outputs))
     if not groups:
         raise InputError("model", "no channels that may go", "more than one layer")
     return graph, sorted(groups, key=lambda group: list(paths.values()).index(group.root))
+
+
+def _obstacle(module: nn.Module) -> str:
+    """Return why channels cannot be taken out of a layer, nothing where they can."""
+    if not isinstance(module, RESIZABLE):
+        has_weights = bool(list(module.parameters(recurse=False)))
+        return f"a {type(module).__name__}" if has_weights else ""
+    if isinstance(module, _BatchNorm) and not module.affine:
+        return "a BatchNorm without weights, which gives out something for a masked channel"
+    if isinstance(module, _ConvNd):
+        depthwise = module.groups == module.in_channels == module.out_channels
+        return "" if module.groups == 1 or depthwise else f"a convolution in {module.groups} groups"
+    return ""
+
+
+def _num_outputs(module: nn.Module) -> int:
+    for key in ("out_channels", "out_features", "num_features"):
+        if hasattr(module, key):
+            return int(getattr(module, key))
+    raise AssertionError(module)
 
 
 def _last(model: nn.Module, example: torch.Tensor) -> nn.Module | None:
@@ -196,7 +220,11 @@ def _of_outputs(group: Group, model: nn.Module, derivative: Tensors) -> torch.Te
     """Return each channel's derivative by a factor on what it gives out."""
     layers = dict(model.named_modules())
     params = dict(model.named_parameters())
-    normalised = [path for path in group.outputs if isinstance(layers[path], _BatchNorm)]
+    normalised = [
+        path
+        for path in group.outputs
+        if isinstance(layers[path], _BatchNorm) and f"{path}.weight" in derivative
+    ]
     total = torch.zeros(group.size, dtype=torch.float64)
     for path in normalised or group.outputs:
         for kind in ("weight", "bias"):
@@ -220,11 +248,12 @@ def _summed(
     tensor: torch.Tensor, layer: nn.Module, channels: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the channel of each of a layer's outputs, and the sum of what belongs to it."""
-    rows = _outputs_first(tensor, layer).reshape(len(channels), -1)
+    rows = outputs_first(tensor, layer).reshape(len(channels), -1)
     return torch.tensor(channels), rows.double().sum(1).cpu()
 
 
-def _outputs_first(tensor: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+def outputs_first(tensor: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """Return a view of a layer's tensor whose first dimension is the layer's outputs."""
     turned = tensor.dim() > 1 and isinstance(layer, _ConvTransposeNd)
     return tensor.transpose(0, 1) if turned else tensor
 
@@ -239,6 +268,6 @@ def _masks(model: nn.Module, groups: Sequence[Group], kept: Tensors) -> dict[str
             for kind in ("weight", "bias"):
                 if (tensor := params.get(f"{path}.{kind}")) is not None:
                     mask = torch.zeros(tensor.shape, dtype=torch.bool)
-                    _outputs_first(mask, layers[path])[keep] = True
+                    outputs_first(mask, layers[path])[keep] = True
                     masks[f"{path}.{kind}"] = mask
     return masks

@@ -16,7 +16,7 @@ them, as long as batches do not mix samples (BatchNorm does). Every reply is a s
 aggregation could hide, though it says as much about a client's data as a gradient does.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,6 +24,7 @@ from pydantic import SerializeAsAny
 
 from hansa.errors import InputError
 from hansa.federation.aggregation import WeightedMean, add_metrics
+from hansa.federation.leaf import DivergedError
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Method, Work, begin_work, training_metrics
 from hansa.federation.node import Child, Node, Reply, Setup
@@ -65,26 +66,25 @@ class Exchange(Method):
             return 1
         return self.scorer.inner_steps * (1 if self.scorer.order == "first" else 2) + 1
 
-    def check(self, setup: Setup, depth: int) -> None:
-        """Refuse scorers whose gradients cannot be combined.
+    def check_scorer(self) -> None:
+        """Refuse scorers that cannot be combined in the way that is wanted.
 
         Raises:
             InputError: naming the option.
         """
-        prunable(setup.task.module, self.exclude)
-        if self.combine == "gradients":
-            if type(self.scorer) not in (ProsPr, Snip):
-                raise InputError(
-                    "pruning.combine", f"'gradients' with {self.scorer.name}", "prospr or snip"
-                )
-            if self.iterations > 1:
-                raise InputError("pruning.iterations", self.iterations, "1 with gradients")
-            if isinstance(self.scorer, ProsPr) and self.scorer.order == "unrolled":
-                raise InputError(
-                    "pruning.options.order", "'unrolled'", "exact or first, by gradients"
-                )
-        elif not self.scorer.nested:
-            raise InputError("pruning.method", self.scorer.name, "another scorer in a federation")
+        scorer = self.scorer
+        if not scorer.needs_data:
+            return  # nothing is combined
+        if self.combine == "scores":
+            if not scorer.nested:
+                raise InputError("pruning.method", scorer.name, "another scorer in a federation")
+            return
+        if not isinstance(scorer, ProsPr) and scorer.name != Snip.name:
+            raise InputError("pruning.combine", f"'gradients' with {scorer.name}", "prospr or snip")
+        if self.iterations > 1:
+            raise InputError("pruning.iterations", self.iterations, "1 with gradients")
+        if isinstance(scorer, ProsPr) and scorer.order == "unrolled":
+            raise InputError("pruning.options.order", "'unrolled'", "exact or first, by gradients")
 
     def order_of(self, node: Node) -> int:
         """Return 1: every exchange sees the same batches."""
@@ -109,6 +109,14 @@ class Exchange(Method):
         else:
             down = Message({group: state.groups[group] for group in _SENT if state.group(group)})
         return ((child.path, down) for child in children)
+
+    def stages(self, node: Node, work: Work, epochs: int) -> Sequence[tuple[str, int]]:
+        """Return one pass over the data, however many epochs a round of training has."""
+        return (("train", 1),)
+
+    def passes(self, setup: Setup) -> int:
+        """Return 1."""
+        return 1
 
     def begin(self, node: Node, state: State) -> Work:
         """Return work at the point received."""
@@ -139,10 +147,14 @@ class Exchange(Method):
             }
         objective, samples = self._objective(setup), len(batch[1])
         pair, step = (batch[0], batch[1]), int(work["step"]["step"])
-        if "vector" in work:
-            found = objective.product(work["params"], work["vector"], pair, step)
-        else:
-            found = objective.gradient(work["params"], pair, step)
+        try:
+            if "vector" in work:
+                found = objective.product(work["params"], work["vector"], pair, step)
+            else:
+                found = objective.gradient(work["params"], pair, step)
+        except InputError:  # a loss that is no number: the engine looks at the metrics
+            loss = torch.full((), torch.nan)
+            return {**work, "metrics": {**work["metrics"], "loss": loss}}
         sums = {name: total + found[name] * samples for name, total in work["sum"].items()}
         return {**work, "sum": sums}
 
@@ -154,6 +166,8 @@ class Exchange(Method):
             mean = {name: total / node.samples for name, total in work["sum"].items()}
         else:
             mean = self._scores(node, work)
+            if not all(tensor.isfinite().all() for tensor in mean.values()):
+                raise DivergedError(node.path, node.round, "a score is not finite")
         return State(), Message({"mean": mean}, {"weight": node.samples}, training_metrics(work))
 
     def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
@@ -199,7 +213,10 @@ class Exchange(Method):
             objective = objective.within(work["mask"])
         held = [(work["inputs"][key], work["targets"][key]) for key in work["inputs"]]
         batches = [held[k % len(held)] for k in range(self.scorer.num_batches)]
-        found = self.scorer.scores(objective, batches, node.setup.seed)
+        try:
+            found = self.scorer.scores(objective, batches, node.setup.seed)
+        except InputError as error:
+            raise DivergedError(node.path, node.round, f"the loss is {error.found}") from error
         return {name: tensor.to(work["params"][name].dtype) for name, tensor in found.items()}
 
     def _next_scores(self, node: Node, state: State, mean: Tensors) -> State:

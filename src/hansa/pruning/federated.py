@@ -7,16 +7,48 @@ import torch
 from torch import nn
 
 from hansa.data.clients import Client
+from hansa.errors import InputError
 from hansa.federation.engines.engine import RoundResult, Visit
 from hansa.federation.engines.plan import EngineOptions
 from hansa.federation.federation import Federation
+from hansa.federation.message import Tensors
 from hansa.federation.optimizer import Training
 from hansa.federation.tree import ROOT, Tree
 from hansa.pruning.exchange import Exchange
 from hansa.pruning.find import find_masks
+from hansa.pruning.objective import prunable
 from hansa.pruning.options import PruningOptions
+from hansa.pruning.select import select
 
 Watch = Callable[[int, int], None]
+
+
+def check_pruning(model: nn.Module, options: PruningOptions, federated: bool = True) -> None:
+    """Refuse what is bound to fail, before anything is computed.
+
+    Raises:
+        InputError: options that do not fit the model, or each other in a federation.
+    """
+    try:
+        names = prunable(model, options.exclude)
+        select(
+            {name: torch.zeros(model.get_parameter(name).shape) for name in names},
+            options.density,
+            scope=options.scope,
+            floor=options.floor,
+            densities=options.densities,
+        )
+    except InputError as error:
+        own = error.key in ("model", "scores")
+        key = error.key if own else f"pruning.{error.key}"
+        raise InputError(key, error.found, error.allowed) from error
+    if federated:
+        _exchange(options, None).check_scorer()
+
+
+def _exchange(options: PruningOptions, given: Tensors | None) -> Exchange:
+    about = options.model_dump(exclude={"method", "options", "batch_size"})
+    return Exchange(scorer=options.scorer, given=given, **about)
 
 
 def pre_round(
@@ -55,14 +87,14 @@ def pre_round(
     engine, training = engine or EngineOptions(), training or Training()
     if options.batch_size:
         training = training.model_copy(update={"batch_size": options.batch_size})
-    about = options.model_dump(exclude={"method", "options", "batch_size"})
+    check_pruning(model, options)
     given = None
     if not options.scorer.needs_data:
-        about.pop("combine")
+        about = options.model_dump(exclude={"method", "options", "batch_size", "combine"})
         inputs = next(iter(clients.values())).batch("train")[0][:1]  # for its shape
         batch = (inputs, torch.zeros(1, dtype=torch.int64))
         given = find_masks(model, [batch], scorer=options.scorer, seed=seed, **about).masks
-    exchange = Exchange(scorer=options.scorer, given=given, **{"combine": "scores", **about})
+    exchange = _exchange(options, given)
     federation = Federation(
         model,
         clients,

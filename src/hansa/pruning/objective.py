@@ -8,24 +8,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
 
 from hansa.errors import InputError
+from hansa.models.masks import tied_parameters
 from hansa.seeding import global_stream
 
 Tensors = Mapping[str, torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-_NOT_WEIGHTS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding, nn.EmbeddingBag)
+_NOT_WEIGHTS = (
+    _NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    ParametrizationList,
+)
 
 
 def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the names of the parameters that may be pruned.
 
     These are the trainable tensors of two dimensions or more, weights of convolutions and linear
-    layers above all; biases, normalisation and embeddings are not among them. A tied tensor goes
-    by its first name.
+    layers above all; biases, normalisation and embeddings are not among them, nor tensors that
+    several layers share or that are parametrized (by masks, by weight normalisation).
 
     Args:
         model: any module.
@@ -35,11 +45,13 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[str, ...]:
         InputError: there are none, or a pattern that no name matches.
     """
     owners = dict(model.named_modules())
+    tied = tied_parameters(model)
     names = [
         name
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
         and parameter.dim() > 1
+        and id(parameter) not in tied
         and not isinstance(owners[name.rpartition(".")[0]], _NOT_WEIGHTS)
     ]
     for pattern in exclude:
@@ -127,7 +139,12 @@ class Objective:
         if self._frozen:
             params = self._masked(params)
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        with _training(self.model), global_stream(self._seed, "pruning", step):
+        # Of attention only the plain form can be differentiated twice.
+        with (
+            _training(self.model),
+            global_stream(self._seed, "pruning", step),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             outputs = functional_call(self.model, {**params, **buffers}, (batch[0],))
         value = self._loss(outputs, batch[1])
         if not value.isfinite():

@@ -80,7 +80,9 @@ class SynFlow(Scorer):
     Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic
     flow", NeurIPS 2020, arXiv 2006.05467, section 6: all weights by their absolute value, an input
     of ones, evaluation mode; the score is |dR/dw w| for R the sum of the outputs. It is meant for
-    many iterations. Computed in float64, since R grows fast with depth and width.
+    many iterations. Computed in float64, since R grows fast with depth and width. The flow is
+    conserved from layer to layer where normalisation is linear, as BatchNorm in evaluation mode;
+    GroupNorm and LayerNorm rescale it, so there the scores of layers are less comparable.
     """
 
     name: ClassVar[str] = "synflow"
@@ -137,6 +139,7 @@ class Random(Scorer):
     def scores(self, objective: Objective, batches: Sequence[Batch], seed: int = 0) -> Tensors:
         """Return uniform numbers, the same in every iteration."""
         return {
-            name: torch.rand(objective.params[name].shape, generator=generator(seed, "prune", name))
-            for name in objective.names
+            name: torch.rand(p.shape, generator=generator(seed, "prune", name)).to(p.device)
+            for name, p in objective.params.items()
+            if name in objective.names
         }

@@ -52,7 +52,8 @@ def _sizes(summary: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for key, name in (("parameters", "parameters"), ("flops", "FLOPs of a forward pass")):
         before, after = summary[key]["before"], summary[key]["after"]
-        rows.append([name, f"{before:,}", f"{after:,}", f"{100 * after / before:.3g} %"])
+        share = f"{100 * after / before:.3g} %" if before else "-"
+        rows.append([name, f"{before:,}", f"{after:,}", share])
     note = "FLOPs of convolutions and linear layers for one sample, by PyTorch's counter; "
     if summary["structured"]:
         note += "seconds are the median of a batch's forward pass on this machine."

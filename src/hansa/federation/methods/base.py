@@ -55,8 +55,6 @@ class Method(BaseModel, ABC):
     max_depth: ClassVar[int | None] = None
     masked: ClassVar[bool] = False
     """Whether clients hold masks, which ``buffers = "personal"`` needs."""
-    mask_is: ClassVar[str] = "personal"
-    """What an entry is where a client's mask is True."""
 
     def check(self, setup: Setup, depth: int) -> None:
         """Refuse a model or a tree on which the method is not defined.

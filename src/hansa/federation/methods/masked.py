@@ -27,6 +27,8 @@ class MaskedSharing(Method):
     scored: ClassVar[Scored] = "trained"
     max_depth: ClassVar[int | None] = 1
     masked: ClassVar[bool] = True
+    mask_is: ClassVar[str] = "personal"
+    """What a masked entry is called in figures."""
 
     def first_mask(self, setup: Setup) -> Masks:
         """Return the mask that a client begins with: everything is shared."""
