@@ -9,6 +9,8 @@ import pytest
 from hansa.config import load
 from hansa.federation.methods import METHODS
 from hansa.federation.methods.official import QUIRKS
+from hansa.pruning import SCORERS
+from hansa.pruning.options import PruningOptions
 from support import alone
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +26,23 @@ def test_code_in_the_readme_runs(code: str, tmp_path, monkeypatch, capsys) -> No
     monkeypatch.chdir(tmp_path)
     exec(code, {})  # noqa: S102
     assert "mean" in capsys.readouterr().out
+
+
+def test_code_in_the_guide_to_pruning_runs(capsys) -> None:
+    (code,) = blocks(ROOT / "docs" / "pruning.md", "python")
+    exec(code, {})  # noqa: S102
+    assert 0.049 < float(capsys.readouterr().out.split()[-1]) < 0.051
+
+
+def test_every_scorer_and_option_of_pruning_is_documented() -> None:
+    text = (ROOT / "docs" / "pruning.md").read_text()
+    assert all(f"| `{name}` |" in text for name in SCORERS)
+    keys = {key for kind in SCORERS.values() for key in kind.model_fields}
+    assert not [
+        key
+        for key in keys | set(PruningOptions.model_fields)
+        if f"`{key}" not in text and f"`pruning.{key}" not in text
+    ]
 
 
 def test_the_documented_configuration_is_valid() -> None:
