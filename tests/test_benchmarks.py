@@ -1,7 +1,9 @@
 """Benchmarks are run by hand; what they set up is valid."""
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -9,15 +11,24 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from hansa.config import load
-from hansa.data.federate import federate
+from hansa.data.federate import DataOptions, federate
 from hansa.federation.methods import METHODS
+from hansa.models import Architecture, build
+from hansa.pruning import SCORERS
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "personalisation.py"
-SPEC = importlib.util.spec_from_file_location("personalisation", PATH)
-assert SPEC is not None
-assert SPEC.loader is not None
-personalisation = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(personalisation)
+
+def loaded(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks.{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[f"benchmarks.{name}"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+personalisation = loaded("personalisation")
 
 
 def test_every_task_of_the_personalisation_benchmark_is_valid() -> None:
@@ -48,3 +59,13 @@ def test_handwriting_is_dealt_by_writer(tmp_path) -> None:
     data = federate(load({**task, "name": "h"}, ["data.clients=4"]).data, 0)
     assert sorted(data.clients) == ["0-w0", "1-w1", "2-w2", "3-w3"]
     assert data.shape == (1, 28, 28)
+
+
+def test_every_row_of_the_pruning_benchmark_is_valid() -> None:
+    pruning = loaded("pruning")
+    for row in [*pruning.ROWS.values(), *pruning.COST.values()]:
+        SCORERS[row["scorer"]].model_validate(row.get("options", {}))
+    assert {row["scorer"] for row in pruning.ROWS.values()} == set(SCORERS)
+    for task in pruning.tasks("x.parquet", quick=True).values():
+        DataOptions.model_validate(task.source)
+        build(Architecture(**task.model, shape=(3, 16, 16), classes=10))

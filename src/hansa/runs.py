@@ -204,8 +204,8 @@ class Run:
         tables = tables_of(result)
         folder = self.path / "parts"
         folder.mkdir(exist_ok=True)
-        # The round before the first takes its place in front of nothing.
-        again = result.number <= self.round and bool(self._parts())
+        # The round before the first, the 0th, is there already only where its tables are.
+        again = result.number <= self.round and (result.number > 0 or bool(self._parts()))
         for name, table in tables.items():
             _write_table(folder / f"{result.number:08d}-{name}.parquet", table)
         self.checkpoint |= {"round": result.number, "states": self._store.num_states}

@@ -37,6 +37,7 @@ class Federation:
     Args:
         model: a classifier that returns logits [batch, classes]. Its trainable parameters and its
             buffers are the initial values; frozen parameters stay as they are and never travel.
+            Where masks are attached to it (``models.masks``), all clients train under them.
         clients: name -> what the client holds.
         method: the federated algorithm.
         training: optimizer and local work.
