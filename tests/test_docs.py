@@ -73,7 +73,7 @@ def test_a_flower_app_of_ones_own_runs(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(code, names)  # noqa: S102
-    options = {"init_args": {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False}}
+    options = {"init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False}}
     with alone():
         run_simulation(names["server"], names["client"], 3, backend_config=options)
     accuracy = float(capsys.readouterr().out.split()[-1])

@@ -35,7 +35,7 @@ def test_a_generated_app_gives_the_local_engines_bits(tmp_path) -> None:
     path.write_text(tomli_w.dumps(values))
     assert write_app(read_deployment(path), tmp_path / "app") == 4
     made = apps(tmp_path / "app" / "federation.toml")
-    options = {"init_args": {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False}}
+    options = {"init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False}}
     with alone():
         run_simulation(made.server, made.client, 4, backend_config=options)
     run = Run(tmp_path / "app" / "results" / "runs" / local.path.name)

@@ -81,6 +81,7 @@ class RemoteEngine(Engine):
     ) -> None:
         super().__init__(tree, samples, method, setup, seed, participation, on_failure, top)
         self.post, self.run, self.deadline = post, run, deadline
+        self._missed: dict[str, int] = {}
 
     @property
     def how(self) -> str:
@@ -127,6 +128,9 @@ class RemoteEngine(Engine):
         for ask in self.ask_all(node, state):
             if not self.tree.is_leaf(ask.path):
                 asked += self.send_scores(*self.below(ask))
+            elif self._missed.get(ask.path) == node.round:
+                # Its scores would come behind the answer that is late: nobody waits for it twice.
+                asked.append((ask, LostError("late", "it missed the round's deadline")))
             elif ask.path in present:
                 asked.append((ask, self._posted("score", ask, known, body)))
         return asked
@@ -193,6 +197,8 @@ class RemoteEngine(Engine):
                 )
                 if str(error):
                     self._tell(ask, error.fate, error)
+                if error.fate == "late" and ask.fate == "ok":
+                    self._missed[ask.path] = ask.round
                 continue
             visits.append(Visit(ask.path, "ok", ask.size, up, seconds, metrics))
             if reply:
