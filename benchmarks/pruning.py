@@ -45,6 +45,7 @@ from hansa.pruning import SCORERS, attach, find_masks, scores, select
 from hansa.seeding import generator
 
 DENSITIES = (0.1, 0.05, 0.02, 0.01)
+QUICK = (0.05,)
 SEEDS = 3
 ROWS: dict[str, dict[str, Any]] = {
     "random": {"scorer": "random"},
@@ -193,7 +194,7 @@ def _batches(data: Any, size: int, seed: int, *purpose: str | int) -> Iterator[A
             yield inputs[chosen], labels[chosen]
 
 
-def cost(name: str) -> dict[str, float]:
+def cost(name: str, batch: int) -> dict[str, float]:
     """Return CPU seconds and peak bytes of one scoring, or of one training step."""
     torch.set_num_threads(1)
     # Before anything large was allocated, the peak that counts is that of the scoring.
@@ -203,7 +204,7 @@ def cost(name: str) -> dict[str, float]:
     model = build(architecture)
     rng = torch.Generator().manual_seed(0)
     batches = [
-        (torch.randn(128, 3, 32, 32, generator=rng), torch.randint(10, (128,), generator=rng))
+        (torch.randn(batch, 3, 32, 32, generator=rng), torch.randint(10, (batch,), generator=rng))
         for _ in range(7)
     ]
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -247,7 +248,11 @@ def _cell(cell: Cell, task: Task, folder: Path) -> None:
 
 
 def measure_accuracy(
-    known: dict[str, Task], folder: Path, seeds: int, processes: int
+    known: dict[str, Task],
+    folder: Path,
+    seeds: int,
+    densities: tuple[float, ...],
+    processes: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Train every cell and print a table per task.
 
@@ -259,7 +264,7 @@ def measure_accuracy(
         for task in known
         for seed in range(seeds)
         for row in ("dense", *ROWS)
-        for density in (DENSITIES if row != "dense" else (1.0,))
+        for density in (densities if row != "dense" else (1.0,))
     ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context) as pool:
@@ -272,7 +277,7 @@ def measure_accuracy(
     for task in known:
         rows: dict[str, dict[str, float]] = {}
         for row in ("dense", *ROWS):
-            for density in DENSITIES if row != "dense" else (1.0,):
+            for density in densities if row != "dense" else (1.0,):
                 values = [
                     100 * json.loads((folder / f"{Cell(task, row, density, s)}.json").read_text())
                     for s in range(seeds)
@@ -283,28 +288,28 @@ def measure_accuracy(
         result[task] = rows
         dense = rows["dense"]["1"]
         print(f"\n{task}: {seeds} seeds, {known[task].steps} steps; dense {dense:.1f} %\n")
-        print("| scorer |" + "".join(f" {100 * d:g} % kept |" for d in DENSITIES))
-        print("|---|" + "---|" * len(DENSITIES))
+        print("| scorer |" + "".join(f" {100 * d:g} % kept |" for d in densities))
+        print("|---|" + "---|" * len(densities))
         for row in ROWS:
             line = " | ".join(
-                f"{rows[row][f'{d:g}']:.1f} ± {rows[row][f'{d:g} std']:.1f}" for d in DENSITIES
+                f"{rows[row][f'{d:g}']:.1f} ± {rows[row][f'{d:g} std']:.1f}" for d in densities
             )
             print(f"| {row} | {line} |")
     return result
 
 
-def measure_cost() -> dict[str, Any]:
+def measure_cost(batch: int) -> dict[str, Any]:
     """Measure every scorer and print a table."""
     context = multiprocessing.get_context("spawn")
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
 
     def alone(name: str) -> dict[str, float]:
         with ProcessPoolExecutor(1, context) as pool:
-            return pool.submit(cost, name).result()
+            return pool.submit(cost, name, batch).result()
 
     step = alone("step")
     found = {name: alone(name) for name in COST}
-    print("\nResNet-20, batch 128 of 32 pixels, one thread: multiples of one training step")
+    print(f"\nResNet-20, batch {batch} of 32 pixels, one thread: multiples of one training step")
     print(f"({step['seconds']:.3f} s of CPU time, {step['bytes'] / 1e6:.0f} MB)\n")
     print("| scorer | time | peak memory |\n|---|---|---|")
     for name, figures in found.items():
@@ -321,7 +326,11 @@ def measure_cost() -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark and print its tables, or with ``--json`` also one object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, a quarter of the steps")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one seed, a quarter of the steps, one density; small batches for the cost",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--processes", type=int, default=2, help="trainings at the same time")
     parser.add_argument("--only", choices=("cost", "accuracy"), help="one of the two parts")
@@ -330,12 +339,13 @@ def main() -> None:
     options = parser.parse_args()
     result: dict[str, Any] = {}
     if options.only != "accuracy":
-        result["cost"] = measure_cost()
+        result["cost"] = measure_cost(32 if options.quick else 128)
     if options.only != "cost":
         folder = Path(options.output + ("-quick" if options.quick else ""))
         known = tasks(options.data, options.quick)
         seeds = 1 if options.quick else SEEDS
-        result["accuracy"] = measure_accuracy(known, folder, seeds, options.processes)
+        densities = QUICK if options.quick else DENSITIES
+        result["accuracy"] = measure_accuracy(known, folder, seeds, densities, options.processes)
     if options.json:
         print(json.dumps(result))
 
