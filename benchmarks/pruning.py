@@ -234,17 +234,12 @@ def cost(name: str, batch: int) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "bytes": 1024 * peak}
 
 
-def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """Return what a file holds, or else make it and write it there."""
+def keep(cell: Cell, task: Task, folder: Path) -> None:
+    """Measure a cell and write what it gave, unless that is there already."""
+    path = folder / f"{cell}.json"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        value = make()
-        write_atomic(path, json.dumps(value))
-    return json.loads(path.read_text())
-
-
-def _cell(cell: Cell, task: Task, folder: Path) -> None:
-    kept(folder / f"{cell}.json", lambda: accuracy(cell, task))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(accuracy(cell, task)))
 
 
 def measure_accuracy(
@@ -268,7 +263,7 @@ def measure_accuracy(
     ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context) as pool:
-        jobs = [pool.submit(_cell, cell, known[cell.task], folder) for cell in cells]
+        jobs = [pool.submit(keep, cell, known[cell.task], folder) for cell in cells]
         for number, job in enumerate(jobs, 1):
             job.result()
             if sys.stderr.isatty():

@@ -22,10 +22,11 @@ from hansa.federation.federation import check_batches
 from hansa.files import write_atomic
 from hansa.models.masks import attach, finalise
 from hansa.models.resize import channels_of
+from hansa.models.task import Tensors
 from hansa.pruning.channels import By, outputs_first, prune_channels
 from hansa.pruning.federated import check_pruning
 from hansa.pruning.find import Watch, find_masks
-from hansa.pruning.objective import Batch, Tensors
+from hansa.pruning.objective import Batch
 from hansa.pruning.options import PruningOptions
 from hansa.report.pruning import report
 from hansa.seeding import generator

@@ -53,9 +53,10 @@ def train(
     # The folder is made last, so that wrong input leaves nothing behind.
     run = Run.create(wanted) if run is None else run
     with run.claimed(wanted, trial.facts):
+        store = run.store()
         if wanted.pruning and run.masks is None:
             trial = prepare(wanted, trial.data, _pruned(run, trial))
-        trial.federation.keep_states_in(run.store(), run.round)
+        trial.federation.keep_states_in(store, run.round)
         _rounds(run, trial.federation, watch)
         common = None
         if wanted.method.common:
@@ -229,7 +230,6 @@ def _pruned(run: Run, trial: Trial) -> Tensors:
     config = trial.config
     assert config.pruning is not None  # noqa: S101 the caller has looked
     _log.info("pruning by %s to a density of %g", config.pruning.method, config.pruning.density)
-    run.store()
     try:
         masks, result = pre_round(
             trial.model,

@@ -80,7 +80,31 @@ class _Block(nn.Module):
         return F.relu(self.norm2(self.conv2(inner)) + self.shortcut(maps))
 
 
-class ResNet18(nn.Module):
+class _ResNet(nn.Module):
+    """A stem, stages of residual blocks, and a linear head on the mean over positions."""
+
+    stem: nn.Sequential
+
+    def _grow(self, width: int, stages: int, blocks: int, classes: int, make: Norm) -> None:
+        """Add stages, each but the first of half the size and twice the channels, and the head."""
+        self.stages = nn.Sequential()
+        fan_in = width
+        for k in range(stages):
+            fan_out = width * 2**k
+            stage = nn.Sequential(_Block(fan_in, fan_out, 1 if k == 0 else 2, make))
+            stage.extend(_Block(fan_out, fan_out, 1, make) for _ in range(blocks - 1))
+            self.stages.add_module(f"stage{k + 1}", stage)
+            fan_in = fan_out
+        self.head = nn.Linear(fan_in, classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return logits [batch, classes]."""
+        maps = self.stages(self.stem(inputs))
+        logits: torch.Tensor = self.head(maps.mean((2, 3)))
+        return logits
+
+
+class ResNet18(_ResNet):
     """ResNet-18 (He et al., CVPR 2016, Table 1).
 
     Args:
@@ -113,27 +137,10 @@ class ResNet18(nn.Module):
             nn.ReLU(),
             nn.MaxPool2d(3, 2, 1) if large else nn.Identity(),
         )
-        self.stages = nn.Sequential()
-        fan_in = width
-        for k in range(4):
-            fan_out, stride = width * 2**k, 1 if k == 0 else 2
-            self.stages.add_module(
-                f"stage{k + 1}",
-                nn.Sequential(
-                    _Block(fan_in, fan_out, stride, make), _Block(fan_out, fan_out, 1, make)
-                ),
-            )
-            fan_in = fan_out
-        self.head = nn.Linear(fan_in, classes)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return logits [batch, classes]."""
-        maps = self.stages(self.stem(inputs))
-        logits: torch.Tensor = self.head(maps.mean((2, 3)))
-        return logits
+        self._grow(width, 4, 2, classes, make)
 
 
-class ResNet20(nn.Module):
+class ResNet20(_ResNet):
     """ResNet-20 for small images (He et al., CVPR 2016, section 4.2).
 
     Three stages of three blocks. Where a stage begins with fewer maps than it gives out, the
@@ -154,21 +161,7 @@ class ResNet20(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), make(width), nn.ReLU()
         )
-        self.stages = nn.Sequential()
-        fan_in = width
-        for k in range(3):
-            fan_out = width * 2**k
-            blocks = nn.Sequential(_Block(fan_in, fan_out, 1 if k == 0 else 2, make))
-            blocks.extend(_Block(fan_out, fan_out, 1, make) for _ in range(2))
-            self.stages.add_module(f"stage{k + 1}", blocks)
-            fan_in = fan_out
-        self.head = nn.Linear(fan_in, classes)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return logits [batch, classes]."""
-        maps = self.stages(self.stem(inputs))
-        logits: torch.Tensor = self.head(maps.mean((2, 3)))
-        return logits
+        self._grow(width, 3, 3, classes, make)
 
 
 class VGG16(nn.Module):

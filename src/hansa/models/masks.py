@@ -53,7 +53,6 @@ def attach(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
     """
     if masks_of(model):
         raise InputError("model", "masks already attached", "a model without; finalise it first")
-    owners = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = tied_parameters(model)
     for name, mask in masks.items():
@@ -69,7 +68,7 @@ def attach(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
         owner, _, attribute = name.rpartition(".")
         device = parameters[name].device
         parametrize.register_parametrization(
-            owners[owner], attribute, Mask(mask.detach().clone().to(device))
+            model.get_submodule(owner), attribute, Mask(mask.detach().clone().to(device))
         )
     return model
 
@@ -101,8 +100,9 @@ def masks_of(model: nn.Module) -> dict[str, torch.Tensor]:
 def finalise(model: nn.Module) -> dict[str, torch.Tensor]:
     """Make a model's masks permanent, in place: plain weights with zeros. Return the masks."""
     masks = masks_of(model)
-    owners = dict(model.named_modules())
     for name in masks:
         owner, _, attribute = name.rpartition(".")
-        parametrize.remove_parametrizations(owners[owner], attribute, leave_parametrized=True)
+        parametrize.remove_parametrizations(
+            model.get_submodule(owner), attribute, leave_parametrized=True
+        )
     return masks

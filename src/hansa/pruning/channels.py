@@ -20,8 +20,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from hansa.errors import InputError
 from hansa.models.resize import RESIZABLE
+from hansa.models.task import Tensors
 from hansa.pruning.find import taken
-from hansa.pruning.objective import Batch, Loss, Objective, Tensors, prunable
+from hansa.pruning.objective import Batch, Loss, Objective, prunable
 from hansa.pruning.prospr import ProsPr
 from hansa.pruning.scorer import GradientScorer, Scorer
 from hansa.pruning.select import select

@@ -34,7 +34,7 @@ from hansa.pruning.objective import Objective, masked, prunable
 from hansa.pruning.prospr import ProsPr
 from hansa.pruning.saliency import Snip
 from hansa.pruning.scorer import Scorer
-from hansa.pruning.select import Scope, select
+from hansa.pruning.select import Scope, scheduled, select
 
 Combine = Literal["scores", "gradients"]
 _SENT = ("point", "vector", "mask")
@@ -220,22 +220,21 @@ class Exchange(Method):
         return {name: tensor.to(work["params"][name].dtype) for name, tensor in found.items()}
 
     def _next_scores(self, node: Node, state: State, mean: Tensors) -> State:
-        part = node.round / self.iterations
-        mask = self._select(mean, part, state.group("mask") or None)
+        mask = self._select(mean, node.round, state.group("mask") or None)
         params = node.setup.task.params
         point = {**params, **masked({name: params[name] for name in mask}, mask)}
         return State({"point": point, "mask": mask})
 
     def _select(
-        self, scores: Tensors, part: float, within: Tensors | None
+        self, scores: Tensors, number: int, within: Tensors | None
     ) -> dict[str, torch.Tensor]:
-        ends = part == 1
+        last = self.iterations
         return select(
             scores,
-            self.density if ends else self.density**part,
+            scheduled(self.density, number, last),
             scope=self.scope,
             floor=self.floor,
-            densities={n: own if ends else own**part for n, own in self.densities.items()},
+            densities={name: scheduled(own, number, last) for name, own in self.densities.items()},
             within=within,
         )
 
@@ -271,7 +270,7 @@ class Exchange(Method):
             params = node.setup.task.params
             names = prunable(node.setup.task.module, self.exclude)
             scores = {name: (params[name] * derivative[name]).abs() for name in names}
-            return State({"mask": self._select(scores, 1.0, None)})
+            return State({"mask": self._select(scores, self.iterations, None)})
         vector = scorer.vector(carried, derivative)
         point = groups[f"at.{self._step(number + 1)}"]
         return State({**groups, "point": point, "vector": vector, "derivative": derivative})

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from hansa.errors import InputError
-from hansa.pruning.objective import Batch, Loss, Objective, Tensors, prunable
+from hansa.models.task import Tensors
+from hansa.pruning.objective import Batch, Loss, Objective, prunable
 from hansa.pruning.prospr import ProsPr
 from hansa.pruning.saliency import Force, Grasp, Magnitude, Random, Snip, SynFlow
 from hansa.pruning.scorer import Scorer
-from hansa.pruning.select import Scope, check_density, select
+from hansa.pruning.select import Scope, check_density, scheduled, select
 
 SCORERS: dict[str, type[Scorer]] = {
     kind.name: kind for kind in (ProsPr, Snip, Force, Grasp, SynFlow, Magnitude, Random)
@@ -115,16 +116,14 @@ def find_masks(
     objective, masks = plain, None
     found: Tensors = {}
     for number in range(1, iterations + 1):
-        part = number / iterations
         found = scorer.scores(objective, taken(scorer, batches, number - 1), seed)
         masks = select(
             found,
-            density**part if number < iterations else density,
+            scheduled(density, number, iterations),
             scope=scope,
             floor=floor,
             densities={
-                name: own**part if number < iterations else own
-                for name, own in (densities or {}).items()
+                name: scheduled(own, number, iterations) for name, own in (densities or {}).items()
             },
             within=masks if scorer.nested else None,
         )

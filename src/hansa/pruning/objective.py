@@ -1,6 +1,6 @@
 """A model's loss as a function of its parameters, with gradients and Hessian-vector products."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -14,9 +14,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from hansa.errors import InputError
 from hansa.models.masks import tied_parameters
+from hansa.models.task import Tensors
 from hansa.seeding import global_stream
 
-Tensors = Mapping[str, torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -155,7 +155,7 @@ class Objective:
         """Return the gradient of ``loss``; zero where a parameter has no part in it."""
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         value = self.loss(leaves, batch, step)
-        return dict(zip(leaves, _grad(value, list(leaves.values())), strict=True))
+        return dict(zip(leaves, derivatives(value, list(leaves.values())), strict=True))
 
     def product(
         self,
@@ -170,14 +170,14 @@ class Objective:
         """
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         values = list(leaves.values())
-        first = _grad(self.loss(leaves, batch, step), values, create_graph=True)
+        first = derivatives(self.loss(leaves, batch, step), values, create_graph=True)
         inner = sum(
             ((g * vector[n]).sum() for n, g in zip(leaves, first, strict=True) if g.requires_grad),
             start=torch.zeros(()),
         )
         if not inner.requires_grad:  # a loss without curvature
             return {name: torch.zeros_like(p) for name, p in params.items()}
-        return dict(zip(leaves, _grad(inner, values), strict=True))
+        return dict(zip(leaves, derivatives(inner, values), strict=True))
 
     def _masked(self, params: Tensors) -> dict[str, torch.Tensor]:
         return {**params, **masked({n: params[n] for n in self.masks}, self.masks)}
@@ -202,9 +202,10 @@ def mean(parts: Iterator[tuple[Tensors, int]]) -> dict[str, torch.Tensor]:
     return {name: tensor / count for name, tensor in total.items()}
 
 
-def _grad(
+def derivatives(
     value: torch.Tensor, leaves: list[torch.Tensor], create_graph: bool = False
 ) -> tuple[torch.Tensor, ...]:
+    """Return the derivative by each leaf, zero where it has no part in the value."""
     return torch.autograd.grad(
         value, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )

@@ -11,10 +11,10 @@ lambda_0 = dL(w_M; B_M) / dw_0.
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
-from hansa.pruning.objective import Batch, Objective, Tensors
+from hansa.models.task import Tensors
+from hansa.pruning.objective import Batch, Objective, derivatives
 from hansa.pruning.scorer import GradientScorer
 
 
@@ -114,18 +114,11 @@ class ProsPr(GradientScorer):
         buffer: Tensors = {}
         for step in range(self.inner_steps):
             loss = objective.loss(params, batches[step], step)
-            gradients = torch.autograd.grad(
-                loss,
-                list(params.values()),
-                create_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            gradients = derivatives(loss, list(params.values()), create_graph=True)
             gradient = dict(zip(params, gradients, strict=True))
             if step == 0 and self.momentum and self.first_step == "official":
                 gradient = {name: g.detach() for name, g in gradient.items()}
             buffer = self.push(buffer, gradient)
             params = {name: p - self.inner_lr * buffer[name] for name, p in params.items()}
         outer = objective.loss(params, batches[-1], self.inner_steps)
-        derivatives = torch.autograd.grad(outer, leaves, allow_unused=True, materialize_grads=True)
-        return dict(zip(start, derivatives, strict=True))
+        return dict(zip(start, derivatives(outer, leaves), strict=True))

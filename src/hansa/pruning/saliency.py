@@ -9,7 +9,8 @@ from pydantic import Field
 from torch.func import functional_call
 
 from hansa.errors import InputError
-from hansa.pruning.objective import Batch, Objective, Tensors, mean
+from hansa.models.task import Tensors
+from hansa.pruning.objective import Batch, Objective, derivatives, mean
 from hansa.pruning.scorer import GradientScorer, Scorer
 from hansa.seeding import generator
 
@@ -112,7 +113,7 @@ class SynFlow(Scorer):
         if not flow.isfinite():
             raise InputError("method", f"synflow with a flow of {flow.item()}", "another method")
         chosen = [params[name] for name in objective.names]
-        found = torch.autograd.grad(flow, chosen, allow_unused=True, materialize_grads=True)
+        found = derivatives(flow, chosen)
         return {
             name: (weight * derivative).abs().detach()
             for name, weight, derivative in zip(objective.names, chosen, found, strict=True)

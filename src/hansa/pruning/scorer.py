@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from hansa.pruning.objective import Batch, Objective, Tensors
+from hansa.models.task import Tensors
+from hansa.pruning.objective import Batch, Objective
 
 
 class Scorer(BaseModel, ABC):

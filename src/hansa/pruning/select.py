@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from hansa.errors import InputError
-from hansa.pruning.objective import Tensors, matching
+from hansa.models.task import Tensors
+from hansa.pruning.objective import matching
 
 Scope = Literal["global", "layer", "balanced", "erk"]
 SCOPES: tuple[Scope, ...] = ("global", "layer", "balanced", "erk")
@@ -80,6 +81,11 @@ def count(density: float, entries: int) -> int:
     The density is taken as the decimal number it prints as: 0.02 of 1,000 is 20.
     """
     return max(1, math.floor(Fraction(repr(float(density))) * entries + Fraction(1, 2)))
+
+
+def scheduled(density: float, number: int, iterations: int) -> float:
+    """Return the density after one of several iterations: density^(number / iterations)."""
+    return density if number == iterations else density ** (number / iterations)
 
 
 def check_density(key: str, density: float) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from hansa.config import RunConfig
+from hansa.federation.message import Tensors
 from hansa.report.page import plot, write_page
 from hansa.report.plots import bars, histogram
-
-Tensors = Mapping[str, torch.Tensor]
 
 
 def report(
