@@ -1,6 +1,7 @@
 # Every target but `clean` works on a fresh machine: it makes .venv and installs what it needs, once.
 PYTHON ?= python3
 BIN := .venv/bin
+KERNELS := src/hansa/sparse/kernels.cpp src/hansa/sparse/build.py
 
 .PHONY: setup demo test lint bench clean
 
@@ -10,7 +11,7 @@ BIN := .venv/bin
 	@touch $@
 
 # torch is installed first and by its exact version, so that nothing else chooses its build.
-.venv/.installed: .venv/.python pyproject.toml constraints.txt
+.venv/.installed: .venv/.python pyproject.toml constraints.txt hatch_build.py $(KERNELS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

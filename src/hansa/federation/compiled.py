@@ -28,6 +28,7 @@ from hansa.errors import first_line
 from hansa.federation.methods.base import Work
 from hansa.files import cache_folder
 from hansa.models.task import Batch
+from hansa.processes import processor
 
 Names = tuple[tuple[str, str], ...]
 Filled = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -90,7 +91,7 @@ class Traced:
         """The name of its program: SHA-256 over all that the program depends on."""
         digest = hashlib.sha256()
         shapes = [(tuple(t.shape), str(t.dtype), str(t.device)) for t in self.inputs]
-        machine = (platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor())
+        machine = (platform.machine(), torch.backends.cpu.get_cpu_capability(), processor())
         digest.update(repr((self.graph.code, shapes, torch.__version__, machine)).encode())
         for name, tensor in _constants(self.graph):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -354,14 +355,6 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 def _constants(graph: torch.fx.GraphModule) -> list[tuple[str, torch.Tensor]]:
     names = [node.target for node in graph.graph.nodes if node.op == "get_attr"]
     return [(str(n), getattr(graph, str(n))) for n in sorted(set(map(str, names)))]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith("model name")), "")
 
 
 def _main(source: Path, path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Sparse training of convolutions and linear layers, faster on ordinary processors."""

@@ -1,0 +1,275 @@
+"""Any model of Conv2d and Linear layers, made to train sparsely."""
+
+import copy
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from hansa.errors import InputError
+from hansa.sparse import layers
+from hansa.sparse.functions import geometry_of
+from hansa.sparse.fusion import Steps, fused
+from hansa.sparse.kernels import find, kernels
+from hansa.sparse.layers import DenseConv2d, Path, Rule, SparseConv2d, SparseLinear
+from hansa.sparse.norm import BatchNorm2d, GroupNorm
+from hansa.sparse.probe import timing
+from hansa.sparse.thresholds import plain
+
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.GroupNorm: GroupNorm,
+    nn.MaxPool2d: layers.MaxPool2d,
+    nn.AvgPool2d: layers.AvgPool2d,
+}
+
+
+def sparsify(
+    model: nn.Module,
+    sparsity: float | None,
+    *,
+    inputs: float | None = None,
+    sparse: Iterable[str] | None = None,
+    refresh: int = 10,
+    fixed: bool = False,
+    path: Path = "auto",
+    batch_size: int = 32,
+) -> "SparseModel":
+    """Return a copy of a model whose convolutions and linear layers train sparsely.
+
+    In training the output and the input's gradient are those of each layer's largest weights, the
+    weight's gradient that of its largest inputs; all weights move, and none is set to zero (SWAT,
+    Raihan and Aamodt, NeurIPS 2020; ZeroFL, Qiu et al., ICLR 2022, section 3.1). In evaluation
+    only the largest weights count. Names of parameters and buffers stay as they are.
+
+    Args:
+        model: any module; it is not changed.
+        sparsity: share of each layer's weights that is not used, in [0, 1). None uses weights as
+            they are, and leaves out as many inputs as there are zeros.
+        inputs: share of a layer's inputs that the weight's gradient leaves out; as ``sparsity`` by
+            default.
+        sparse: patterns of the names of layers, such as ``stages.*``. By default as in ZeroFL:
+            every convolution of more than one pixel and every linear layer, without the model's
+            first and last layer.
+        refresh: steps between new thresholds.
+        fixed: weights that are not among the largest get no gradient. Faster, and no longer SWAT:
+            what is out can only come back when others shrink below it.
+        path: ``kernels`` or ``reference``, or ``auto``, which times each layer once.
+        batch_size: the batch that layers are timed with.
+
+    Raises:
+        InputError: a share outside of [0, 1), a pattern that fits no layer, one that fits a layer
+            of another kind, or ``kernels`` where there are none.
+    """
+    for key, share in (("sparsity", sparsity), ("inputs", inputs)):
+        if share is not None and not 0 <= share < 1:
+            raise InputError(key, share, "a share from 0 up to, but not including, 1")
+    if refresh < 1:
+        raise InputError("refresh", refresh, "at least 1 step")
+    if path == "kernels" and kernels() is None:
+        raise InputError("path", f"'kernels' ({find()[1]})", "auto or reference")
+    names = chosen(model, sparse)
+    model = copy.deepcopy(model)
+    rule = Rule(sparsity, sparsity if inputs is None else inputs, refresh, fixed, path)
+    for name, module in model.named_modules():
+        if name in names:
+            _turn(module, SparseConv2d if isinstance(module, nn.Conv2d) else SparseLinear)
+            module._share(name, rule)
+        elif type(module) is nn.Conv2d:
+            _turn(module, DenseConv2d).rule = rule
+        elif type(module) in _KINDS:
+            _turn(module, _KINDS[type(module)])
+    return SparseModel(model, rule, batch_size)
+
+
+def chosen(model: nn.Module, patterns: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Return the names of the layers that patterns fit, by default those that ZeroFL sparsifies.
+
+    Raises:
+        InputError: a pattern that fits no layer, or one that fits a layer of another kind; a model
+            without any layer to sparsify.
+    """
+    able = {name: m for name, m in model.named_modules() if _is_able(m)}
+    if patterns is None:
+        within = list(able)[1:-1]
+        found = [n for n in within if not _is_pointwise(able[n])]
+        if not found:
+            raise InputError(
+                "model", "no layer to sparsify", "layers between the first and the last one"
+            )
+        return tuple(found)
+    if isinstance(patterns, str):
+        raise InputError("sparse", repr(patterns), "a list of patterns")
+    patterns = list(patterns)
+    if not patterns:
+        raise InputError("sparse", "no pattern", "patterns of the names of layers")
+    leaves = {name: m for name, m in model.named_modules() if name and not list(m.children())}
+    for pattern in patterns:
+        fits = [name for name in leaves if fnmatchcase(name, pattern)]
+        if not fits:
+            raise InputError("sparse", repr(pattern), f"patterns of these: {', '.join(able)}")
+        if "*" not in pattern and fits[0] not in able:
+            about = f"{pattern!r}, a {type(leaves[fits[0]]).__name__}"
+            raise InputError("sparse", about, "Conv2d with zeros as padding, or Linear")
+    names = [n for n in able if any(fnmatchcase(n, pattern) for pattern in patterns)]
+    if not names:
+        raise InputError("sparse", ", ".join(patterns), f"patterns of these: {', '.join(able)}")
+    return tuple(names)
+
+
+class SparseModel(nn.Module):
+    """A model with sparse layers, under the model's own names.
+
+    Its steps are traced where they can be, so that normalisation, residual and ReLU run as one;
+    what cannot be traced runs as it is written.
+
+    Args:
+        model: what ``sparsify`` made; its layers are shared, not copied.
+        rule: what its sparse layers share.
+        batch_size: the batch that layers are timed with.
+    """
+
+    plain: nn.Module
+
+    def __init__(self, model: nn.Module, rule: Rule, batch_size: int) -> None:
+        super().__init__()
+        # The model's own tables: parameters go by the names that they have there.
+        for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[table] = model.__dict__[table]
+        self.__dict__["plain"] = model  # hidden: its layers are this module's own
+        self.rule, self.batch_size = rule, batch_size
+        self.training = model.training
+        self._steps: dict[bool, Steps | None] = {}
+        self._decided = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the steps, which any process traces again."""
+        return {**self.__dict__, "_steps": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SparseModel":
+        model, rule = copy.deepcopy((self.plain, self.rule), memo)
+        twin = SparseModel(model, rule, self.batch_size)
+        twin._decided = self._decided
+        return twin
+
+    def train(self, mode: bool = True) -> "SparseModel":
+        """Set the mode of all layers."""
+        super().train(mode)
+        self.plain.train(mode)
+        return self
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return what the model returns."""
+        if self.training and not self._decided:
+            self.decide(inputs)
+        output: torch.Tensor = self._runner()(inputs)
+        return output
+
+    @property
+    def sparse_layers(self) -> dict[str, SparseConv2d | SparseLinear]:
+        """The layers that train sparsely, by name."""
+        kinds = (SparseConv2d, SparseLinear)
+        return {name: m for name, m in self.named_modules() if isinstance(m, kinds)}
+
+    @property
+    def thresholds(self) -> list[str]:
+        """Names of the buffers that hold thresholds, which are no part of the model's state."""
+        return layers.states(self.sparse_layers)
+
+    @property
+    def how(self) -> str:
+        """Which path the layers take, in words."""
+        found, why = find()
+        if self.rule.path == "reference":
+            return "reference path"
+        if found is None:
+            return f"reference path ({why})"
+        if not self._decided:
+            return f"compiled kernels ({found.isa}), {self.rule.path}"
+        count = sum(self.rule.compiled.values())
+        return f"compiled kernels ({found.isa}) in {count} of {len(self.sparse_layers)} layers"
+
+    @torch.no_grad()
+    def decide(self, inputs: torch.Tensor) -> None:
+        """Settle which layers run on the compiled kernels, for inputs of this size.
+
+        Args:
+            inputs: any batch of them; only their shape counts.
+        """
+        self._decided = True
+        found = kernels()
+        if found is None or self.rule.path == "reference":
+            return
+        if not plain(inputs):  # other inputs may come
+            self._decided = False
+            return
+        shapes = self._shapes(inputs)
+        for name, x in shapes.items():
+            layer = self.sparse_layers[name]
+            if not layer.fits(x):
+                continue
+            self.rule.compiled[name] = self.rule.path == "kernels" or self._is_faster(layer, x)
+
+    def _is_faster(self, layer: SparseConv2d | SparseLinear, x: torch.Tensor) -> bool:
+        rule = self.rule
+        # Where weights are used as they are, what is to come is unknown; most of them will be zero.
+        sparsity = 0.9 if rule.sparsity is None else rule.sparsity
+        inputs = 0.9 if rule.inputs is None else rule.inputs
+        geometry = geometry_of(x, layer.weight, layer.shape)
+        took = timing(geometry, self.batch_size, sparsity, inputs, layer.shape is None)
+        return took.compiled < took.reference
+
+    def _shapes(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return each sparse layer's first input, for one sample."""
+        seen: dict[str, torch.Tensor] = {}
+
+        def look(name: str) -> Any:
+            def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+                seen.setdefault(name, arguments[0].detach())
+
+            return hook
+
+        layers = self.sparse_layers.items()
+        hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers]
+        self.eval()
+        try:
+            self.plain(torch.zeros_like(inputs[:1]))
+        finally:
+            self.train()
+            for hook in hooks:
+                hook.remove()
+        return seen
+
+    def _runner(self) -> nn.Module | Any:
+        if not any(self.rule.compiled.values()):
+            return self.plain
+        if self.training not in self._steps:
+            graph = fused(self.plain)
+            self._steps[self.training] = None if graph is None else Steps(self.plain, graph)
+        steps = self._steps[self.training]
+        return self.plain if steps is None else steps.run
+
+
+def _turn(module: nn.Module, kind: type[nn.Module]) -> Any:
+    """Make a module, in place, an instance of a subclass of its class."""
+    module.__class__ = kind
+    return module
+
+
+def _is_able(module: nn.Module) -> bool:
+    if type(module) is nn.Linear:
+        return True
+    if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
+        return False
+    same = module.padding == "same"
+    return not same or all(d * (k - 1) % 2 == 0 for d, k in _pairs(module))
+
+
+def _pairs(conv: nn.Conv2d) -> Iterable[tuple[int, int]]:
+    return zip(conv.dilation, conv.kernel_size, strict=True)
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)

@@ -1,0 +1,167 @@
+"""The step of sparse training as autograd functions: the reference, and the compiled one.
+
+SWAT (Raihan and Aamodt, NeurIPS 2020, section 3): the output and the input's gradient are computed
+with the kept weights and what is dense otherwise; the weight's gradient is that of the kept
+inputs, and dense, so that weights which are not kept move as well and can come back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from hansa.sparse.convolution import Convolution, Geometry
+from hansa.sparse.layout import inner_base, logical
+from hansa.sparse.thresholds import keep
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a convolution is taken: stride, padding, dilation, groups."""
+
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+
+class Reference(torch.autograd.Function):
+    """The step in PyTorch's own operations: any dtype, any device, under ``vmap`` as well.
+
+    Arguments: inputs [batch, channels, height, width] or [batch, features]; weight; bias or None;
+    the scalar thresholds of weights and inputs; the shape of a convolution, None for a linear
+    layer; whether only kept weights have a gradient (of all inputs then).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        least_weight: torch.Tensor,
+        least_input: torch.Tensor,
+        shape: Shape | None,
+        fixed: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the output, and what is kept of inputs and weight."""
+        used = torch.where(keep(weight, least_weight), weight, 0.0)
+        held = x.clone() if fixed else torch.where(keep(x, least_input), x, 0.0)
+        if shape is None:
+            return F.linear(x, used, bias), held, used
+        return F.conv2d(x, used, bias, *_arguments(shape)), held, used
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Keep the kept: the dense inputs may go."""
+        _, held, used = output
+        ctx.mark_non_differentiable(held, used)
+        ctx.save_for_backward(held, used)
+        ctx.shape, ctx.fixed, ctx.biased = inputs[5], inputs[6], inputs[2] is not None
+
+    @staticmethod
+    def backward(ctx: Any, d: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of inputs, weight and bias."""
+        held, used = ctx.saved_tensors
+        s: Shape | None = ctx.shape
+        if s is None:
+            dx, dw = d @ used, d.flatten(0, -2).t() @ held.flatten(0, -2)
+        else:
+            dx, dw, _ = torch.ops.aten.convolution_backward(
+                *(d, held, used, None, s.stride, s.padding, s.dilation, False, (0, 0), s.groups),
+                (True, True, False),
+            )
+        if ctx.fixed:
+            dw = torch.where(used != 0, dw, 0.0)
+        return dx, dw, _bias_gradient(d, s) if ctx.biased else None, None, None, None, None
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    least_weight: torch.Tensor,
+    least_input: torch.Tensor,
+    shape: Shape | None = None,
+    fixed: bool = False,
+) -> torch.Tensor:
+    """Return the output of a sparse layer by the reference; see ``Reference``."""
+    output: torch.Tensor = Reference.apply(
+        x, weight, bias, least_weight, least_input, shape, fixed
+    )[0]
+    return output
+
+
+class Compiled(torch.autograd.Function):
+    """The same on the compiled kernels, in and out with the batch innermost."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        least_weight: float,
+        least_input: float,
+        lists: Convolution,
+        fixed: bool,
+    ) -> torch.Tensor:
+        """Return the output [batch, ...]."""
+        weight = weight.contiguous()
+        held = inner_base(x)
+        ctx.version = lists.take(weight, least_weight)
+        y = lists.forward(_maps(held), bias)
+        ctx.save_for_backward(held, weight)
+        ctx.least, ctx.lists, ctx.fixed = (least_weight, least_input), lists, fixed
+        ctx.biased = bias is not None
+        return logical(y) if x.dim() == 4 else logical(y.view(len(weight), -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of inputs, weight and bias."""
+        held, weight = ctx.saved_tensors
+        lists: Convolution = ctx.lists
+        if lists.version != ctx.version:  # the layer was used again meanwhile, with other weights
+            lists.take(weight, ctx.least[0])
+        inner, x = _maps(inner_base(d)), _maps(held)
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = logical(lists.input_gradient(inner).view(held.shape))
+        if ctx.needs_input_grad[1]:
+            if ctx.fixed:
+                dw = lists.kept_gradient(x, inner)
+            else:
+                dw = lists.weight_gradient(x, ctx.least[1], inner)
+            dw = dw.view(weight.shape)
+        if ctx.biased and ctx.needs_input_grad[2]:
+            db = inner.sum((1, 2, 3))
+        return dx, dw, db, None, None, None, None
+
+
+def geometry_of(x: torch.Tensor, weight: torch.Tensor, shape: Shape | None) -> Geometry:
+    """Return the sizes of a layer's product on an input."""
+    if shape is None:
+        return Geometry(x.shape[1], 1, 1, len(weight))
+    kernel = (weight.shape[2], weight.shape[3])
+    sizes = (x.shape[1], x.shape[2], x.shape[3], len(weight))
+    return Geometry(*sizes, kernel, shape.stride, shape.padding)
+
+
+def _maps(x: torch.Tensor) -> torch.Tensor:
+    """Return [channels, height, width, batch] of that, or of [features, batch]."""
+    return x if x.dim() == 4 else x.view(len(x), 1, 1, -1)
+
+
+def _arguments(s: Shape) -> tuple[Sequence[int], Sequence[int], Sequence[int], int]:
+    return s.stride, s.padding, s.dilation, s.groups
+
+
+def _bias_gradient(d: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    return d.flatten(0, -2).sum(0) if shape is None else d.sum((0, 2, 3))

@@ -1,0 +1,1007 @@
+// Kernels of sparse training. Compiled once per instruction set; exported names end in its name.
+//
+// Activations are [channel][row][column][sample]. All samples of a pixel lie side by side: a pixel
+// of enough samples fills vectors, and a kernel's tap is the same run of floats at another offset,
+// so no number of samples or channels is odd.
+//
+// Products go block by block: what a block of output pixels needs of the input is packed into a
+// slab that stays near the core, with zeros around the image, and with the pixels that a stride
+// leaves apart put side by side (phases). Weights are lists of (offset in the slab, value).
+//
+// Every output element is computed by one thread, in an order that does not depend on their
+// number: results are equal bit for bit, whatever `threads` is.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <new>
+#include <vector>
+#if defined(__AVX512F__)
+#if !defined(__clang__)  // GCC 12 finds its own intrinsics uninitialised (its bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#define JOIN_(name, isa) name##_##isa
+#define JOIN(name, isa) JOIN_(name, isa)
+#define RETURNS(type, name) \
+    extern "C" __attribute__((visibility("default"))) type JOIN(hansa_##name, ISA)
+#define EXPORT(name) RETURNS(void, name)
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int V = 16;          // floats of a vector
+constexpr int TILE = 16;       // accumulators of a tile: half of the registers
+constexpr int TAPS_HIGH = 3;   // taps whose gradient is held in registers at a time
+constexpr int TAPS_WIDE = 3;
+#elif defined(__AVX2__)
+constexpr int V = 8;
+constexpr int TILE = 8;
+constexpr int TAPS_HIGH = 1;
+constexpr int TAPS_WIDE = 3;
+#else
+constexpr int V = 4;
+constexpr int TILE = 8;
+constexpr int TAPS_HIGH = 1;
+constexpr int TAPS_WIDE = 1;
+#endif
+constexpr int LANES = 32;      // output channels side by side in the weight gradient
+constexpr int NV = LANES / V;
+constexpr long NEAR = 640 << 10; // bytes of a working set that stays near the core
+
+typedef float vec __attribute__((vector_size(V * 4)));
+typedef float loose __attribute__((vector_size(V * 4), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(V * 4)));
+
+INLINE vec load(const float *p) { return *reinterpret_cast<const loose *>(p); }
+INLINE void store(float *p, vec v) { *reinterpret_cast<loose *>(p) = v; }
+INLINE vec all(float x) { return x - vec{}; }
+INLINE vec positive(vec y, vec d) { return y > vec{} ? d : vec{}; }
+INLINE float sum(vec v) {
+    float total = 0;
+    for (int i = 0; i < V; i++) total += v[i];
+    return total;
+}
+INLINE vec without_first(vec v, int count) {
+    for (int i = 0; i < count; i++) v[i] = 0;
+    return v;
+}
+INLINE bool kept(float x, float threshold) { return std::fabs(x) >= threshold && x != 0; }
+
+// Memory of a thread for what one call packs, kept for the next. In large pages, where the system
+// has them: what is read here lies all over it, and would miss the tables of small ones.
+class Scratch {
+  public:
+    float *of(size_t floats) {
+        constexpr size_t PAGE = 2 << 20;
+        const size_t bytes = (floats * sizeof(float) + PAGE - 1) / PAGE * PAGE;
+        if (bytes > held_) {
+            memory_.reset();
+            memory_.reset(static_cast<float *>(std::aligned_alloc(PAGE, bytes)));
+            held_ = memory_ ? bytes : 0;
+            if (!memory_) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+            madvise(memory_.get(), bytes, MADV_HUGEPAGE);
+#endif
+        }
+        return memory_.get();
+    }
+
+  private:
+    struct Free {
+        void operator()(float *p) const { std::free(p); }
+    };
+    std::unique_ptr<float, Free> memory_;
+    size_t held_ = 0;
+};
+thread_local Scratch scratch;
+
+// ---- tiles: rows x vectors of one output map ---------------------------------------------------
+
+struct Tile {
+    long y, x;
+    int rows, vectors;
+    int overlap;  // leading lanes that another tile has as well
+};
+
+// Cover `height` rows of `length` >= V floats. The last vector of a row ends where the row ends and
+// may overlap its neighbour, which does no harm where outputs are stored and not added to.
+void cover(long height, long length, std::vector<Tile> &out) {
+    out.clear();
+    const auto column = [&](long x, int vectors, int overlap) {
+        for (long y = 0; y < height;) {
+            int rows = 1;
+            while (rows * 2 * vectors <= TILE && y + rows * 2 <= height) rows *= 2;
+            out.push_back({y, x, rows, vectors, overlap});
+            y += rows;
+        }
+    };
+    // Tiles of two rows share more of what they read than tiles of one.
+    const int widest = height >= 2 ? TILE / 2 : TILE;
+    const long full = length / V, rest = length % V;
+    for (long x = 0; x < full;) {
+        int vectors = 1;
+        while (vectors * 2 <= widest && x + vectors * 2 <= full) vectors *= 2;
+        column(x * V, vectors, 0);
+        x += vectors;
+    }
+    if (rest) column(length - V, 1, static_cast<int>(V - rest));
+}
+
+struct Pattern {  // rows of (offset in pixels of the slab, value)
+    const int32_t *begin, *offset;
+    const float *value;
+};
+
+struct Run {  // where a tile reads and writes
+    const float *in;
+    float *out;
+    long in_row, out_row, out_channel, out_vector;  // floats between neighbours
+    long pixel;                                     // floats of a pixel in the slab
+    const float *bias;
+    bool stream;  // whether outputs pass by the caches, since they would not fit
+};
+
+INLINE void put_out(float *p, vec v, bool stream) {
+#if defined(__AVX512F__)
+    if (stream) return _mm512_stream_ps(p, v);
+#else
+    (void)stream;
+#endif
+    store(p, v);
+}
+
+template <int R, int P>
+void sweep(const Pattern &w, const Run &run, long first, long last) {
+    // Few accumulators would wait for each other; several non-zeros at once keep them apart.
+    constexpr int U = R * P >= 8 ? 1 : R * P >= 4 ? 2 : 4;
+    for (long o = first; o < last; o++) {
+        vec a[U][R][P];
+        const vec start = all(run.bias ? run.bias[o] : 0.0f);
+        UNROLL for (int u = 0; u < U; u++)
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int p = 0; p < P; p++) a[u][r][p] = u ? vec{} : start;
+        long j = w.begin[o];
+        const long end = w.begin[o + 1];
+        for (; j + U <= end; j += U)
+            UNROLL for (int u = 0; u < U; u++) {
+                const float *in = run.in + w.offset[j + u] * run.pixel;
+                const vec value = all(w.value[j + u]);
+                UNROLL for (int r = 0; r < R; r++)
+                    UNROLL for (int p = 0; p < P; p++)
+                        a[u][r][p] += value * load(in + r * run.in_row + p * V);
+            }
+        for (; j < end; j++) {
+            const float *in = run.in + w.offset[j] * run.pixel;
+            const vec value = all(w.value[j]);
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int p = 0; p < P; p++)
+                    a[0][r][p] += value * load(in + r * run.in_row + p * V);
+        }
+        float *out = run.out + o * run.out_channel;
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int p = 0; p < P; p++) {
+                vec total = a[0][r][p];
+                UNROLL for (int u = 1; u < U; u++) total += a[u][r][p];
+                put_out(out + r * run.out_row + p * run.out_vector, total, run.stream);
+            }
+    }
+}
+
+// Gradient of the stored entries: sums[j] += <out's gradient of row o, input at offset j>, V wide.
+template <int R, int P>
+void sample(const Pattern &w, const Run &run, long first, long last, int overlap, float *sums) {
+    for (long o = first; o < last; o++) {
+        const float *gradient = run.out + o * run.out_channel;
+        vec d[R][P];
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int p = 0; p < P; p++)
+                d[r][p] = load(gradient + r * run.out_row + p * run.out_vector);
+        if (overlap)
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int p = 0; p < P; p++) d[r][p] = without_first(d[r][p], overlap);
+        for (long j = w.begin[o]; j < w.begin[o + 1]; j++) {
+            const float *in = run.in + w.offset[j] * run.pixel;
+            vec s[4] = {load(sums + j * V), vec{}, vec{}, vec{}};
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int p = 0; p < P; p++)
+                    s[(r * P + p) & 3] += d[r][p] * load(in + r * run.in_row + p * V);
+            store(sums + j * V, (s[0] + s[1]) + (s[2] + s[3]));
+        }
+    }
+}
+
+// Call f<R, P>() for a tile's rows and vectors as constants.
+template <int R, int P, class F>
+void dispatch(const Tile &tile, F &&f) {
+    if (tile.rows == R && tile.vectors == P) return f.template operator()<R, P>();
+    if constexpr (R == 1 && P * 2 <= TILE) {
+        if (tile.vectors > P) return dispatch<1, P * 2>(tile, f);
+    }
+    if constexpr (R * 2 * P <= TILE) return dispatch<R * 2, P>(tile, f);
+}
+
+struct Sweep {
+    const Pattern &w;
+    const Run &run;
+    long first, last;
+    template <int R, int P> void operator()() const { sweep<R, P>(w, run, first, last); }
+};
+struct Sample {
+    const Pattern &w;
+    const Run &run;
+    long first, last;
+    int overlap;
+    float *sums;
+    template <int R, int P> void operator()() const {
+        sample<R, P>(w, run, first, last, overlap, sums);
+    }
+};
+
+// ---- blocks of output pixels, and the slab of input that one needs -----------------------------
+
+struct Block {
+    long n, y, x, rows, columns;
+    int overlap;  // leading samples that another block has as well
+};
+
+struct Blocks {
+    long batch, pixel, rows, columns, OH, OW;  // `pixel`: samples of a block, all or V
+    long vector;                               // floats between neighbouring vectors of the output
+    long samples, high, wide, count;
+
+    Blocks(long batch_, long pixel_, long rows_, long columns_, long OH_, long OW_)
+        : batch(batch_), pixel(pixel_), rows(rows_), columns(columns_), OH(OH_), OW(OW_),
+          vector(pixel_ == batch_ ? V : batch_), samples((batch_ + pixel - 1) / pixel),
+          high((OH_ + rows_ - 1) / rows_), wide((OW_ + columns_ - 1) / columns_),
+          count(samples * high * wide) {}
+
+    // With `again`, a narrow last block of few samples begins earlier and does columns again.
+    Block at(long k, bool again) const {
+        // Samples change fastest: what lies side by side in memory is read one after the other.
+        const long wanted = k % samples * pixel, n = std::min(wanted, batch - pixel);
+        const long y = k / samples / wide * rows;
+        long x = k / samples % wide * columns;
+        if (again && batch < V) x = std::min(x, std::max(0L, OW - columns));
+        return {n, y, x, std::min(rows, OH - y), std::min(columns, OW - x),
+                static_cast<int>(wanted - n)};
+    }
+};
+
+struct Source {
+    const float *in;
+    long C, H, W, batch, sh, sw, top, left, rows, columns;  // of the slab
+
+    size_t size(long pixel) const {
+        return static_cast<size_t>(C * sh * sw * rows * columns) * pixel;
+    }
+
+    // Pack [C][sh * sw][rows][columns][pixel]: phase (a, b) holds rows a, a + sh, ... and columns
+    // b, b + sw, ... of the input around the block; what lies outside of the input is zero.
+    void pack(const Block &b, long pixel, float *to) const {
+        const long width = columns * pixel;
+        for (long c = 0; c < C; c++)
+            for (long phase = 0; phase < sh * sw; phase++) {
+                const long x0 = b.x * sw + phase % sw - left;
+                // Columns p with 0 <= x0 + p * sw < W.
+                const long low = std::min(columns, x0 >= 0 ? 0 : (sw - 1 - x0) / sw);
+                const long left_over = W - x0 <= 0 ? 0 : (W - x0 + sw - 1) / sw;
+                const long high_end = std::max(low, std::min(columns, left_over));
+                for (long r = 0; r < rows; r++, to += width) {
+                    const long y = (b.y + r) * sh + phase / sw - top;
+                    if (y < 0 || y >= H) {
+                        std::memset(to, 0, width * sizeof(float));
+                        continue;
+                    }
+                    std::memset(to, 0, low * pixel * sizeof(float));
+                    const float *from = in + ((c * H + y) * W + x0) * batch + b.n;
+                    if (pixel == batch && sw == 1)
+                        std::memcpy(to + low * pixel, from + low * pixel,
+                                    (high_end - low) * pixel * sizeof(float));
+                    else if (pixel == V)
+                        for (long p = low; p < high_end; p++)
+                            store(to + p * V, load(from + p * sw * batch));
+                    else
+                        for (long p = low; p < high_end; p++)
+                            std::memcpy(to + p * pixel, from + p * sw * batch,
+                                        pixel * sizeof(float));
+                    std::memset(to + high_end * pixel, 0,
+                                (columns - high_end) * pixel * sizeof(float));
+                }
+            }
+    }
+};
+
+// ---- transposition ------------------------------------------------------------------------------
+
+// out[j][i] = in[i][j] for 16 x 16 floats.
+INLINE void transpose16(const float *in, long in_row, float *out, long out_row) {
+#if defined(__AVX512F__)
+    __m512 a[16], b[16];
+    UNROLL for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(in + i * in_row);
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4)
+        UNROLL for (int k = 0; k < 2; k++) {
+            const __m512d low = _mm512_castps_pd(b[i + k]), high = _mm512_castps_pd(b[i + k + 2]);
+            a[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            a[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    UNROLL for (int k = 0; k < 4; k++) {
+        const __m512 p = _mm512_shuffle_f32x4(a[k], a[k + 4], 0x88);
+        const __m512 q = _mm512_shuffle_f32x4(a[k], a[k + 4], 0xdd);
+        const __m512 r = _mm512_shuffle_f32x4(a[k + 8], a[k + 12], 0x88);
+        const __m512 s = _mm512_shuffle_f32x4(a[k + 8], a[k + 12], 0xdd);
+        _mm512_storeu_ps(out + k * out_row, _mm512_shuffle_f32x4(p, r, 0x88));
+        _mm512_storeu_ps(out + (k + 4) * out_row, _mm512_shuffle_f32x4(q, s, 0x88));
+        _mm512_storeu_ps(out + (k + 8) * out_row, _mm512_shuffle_f32x4(p, r, 0xdd));
+        _mm512_storeu_ps(out + (k + 12) * out_row, _mm512_shuffle_f32x4(q, s, 0xdd));
+    }
+#else
+    for (int j = 0; j < 16; j++)
+        for (int i = 0; i < 16; i++) out[j * out_row + i] = in[i * in_row + j];
+#endif
+}
+
+void transpose(const float *in, long rows, long columns, long in_row, float *out, long out_row) {
+    long j = 0;
+    for (; j + 16 <= columns; j += 16) {
+        long i = 0;
+        for (; i + 16 <= rows; i += 16)
+            transpose16(in + i * in_row + j, in_row, out + j * out_row + i, out_row);
+        for (; i < rows; i++)
+            for (long k = j; k < j + 16; k++) out[k * out_row + i] = in[i * in_row + k];
+    }
+    for (; j < columns; j++)
+        for (long i = 0; i < rows; i++) out[j * out_row + i] = in[i * in_row + j];
+}
+
+// ---- weight gradient from a list of kept activations ------------------------------------------
+
+// Taps (i, k) of a grid A high and B wide: gradient[i][k][0..32) += value * d[index - i * row - k * column].
+template <int A, int B>
+void accumulate(const int32_t *index, const float *value, long count, const float *d, long row,
+                long column, float *gradient, long high, long wide) {
+    constexpr int U = A * B * NV >= 8 ? 1 : 8 / (A * B * NV);
+    vec a[U][A][B][NV];
+    UNROLL for (int i = 0; i < A; i++)
+        UNROLL for (int k = 0; k < B; k++)
+            UNROLL for (int h = 0; h < NV; h++) {
+                a[0][i][k][h] = load(gradient + i * high + k * wide + h * V);
+                UNROLL for (int u = 1; u < U; u++) a[u][i][k][h] = vec{};
+            }
+    long j = 0;
+    for (; j + U <= count; j += U)
+        UNROLL for (int u = 0; u < U; u++) {
+            const float *p = d + index[j + u];
+            const vec x = all(value[j + u]);
+            UNROLL for (int i = 0; i < A; i++)
+                UNROLL for (int k = 0; k < B; k++)
+                    UNROLL for (int h = 0; h < NV; h++)
+                        a[u][i][k][h] += x * load(p - i * row - k * column + h * V);
+        }
+    for (; j < count; j++) {
+        const float *p = d + index[j];
+        const vec x = all(value[j]);
+        UNROLL for (int i = 0; i < A; i++)
+            UNROLL for (int k = 0; k < B; k++)
+                UNROLL for (int h = 0; h < NV; h++)
+                    a[0][i][k][h] += x * load(p - i * row - k * column + h * V);
+    }
+    UNROLL for (int i = 0; i < A; i++)
+        UNROLL for (int k = 0; k < B; k++)
+            UNROLL for (int h = 0; h < NV; h++) {
+                vec total = a[0][i][k][h];
+                UNROLL for (int u = 1; u < U; u++) total += a[u][i][k][h];
+                store(gradient + i * high + k * wide + h * V, total);
+            }
+}
+
+struct List {  // kept activations: where they meet the output's gradient, and their values
+    const int32_t *index;
+    const float *value;
+    long count;
+};
+
+struct Steps {  // floats between neighbouring taps: in the output's gradient, in the weight's
+    long row, column, high, wide;
+};
+
+// The same for any grid that fits the registers.
+template <int A, int B>
+void grid(int rows, int columns, const List &list, const float *d, float *gradient,
+          const Steps &steps) {
+    if (rows == A && columns == B)
+        return accumulate<A, B>(list.index, list.value, list.count, d, steps.row, steps.column,
+                                gradient, steps.high, steps.wide);
+    if constexpr (A == 1 && B < TAPS_WIDE) {
+        if (columns > B) return grid<A, B + 1>(rows, columns, list, d, gradient, steps);
+    }
+    if constexpr (A < TAPS_HIGH) return grid<A + 1, B>(rows, columns, list, d, gradient, steps);
+}
+
+// Append the kept of n floats: their values, and base + 32 * position.
+INLINE long compress(const float *x, long n, float threshold, int32_t base, int32_t *index,
+                     float *value) {
+    long count = 0, i = 0;
+#if defined(__AVX512F__)
+    const __m512i lanes = _mm512_slli_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 5);
+    for (; i < n; i += 16) {
+        const __mmask16 there = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
+        const __m512 v = _mm512_maskz_loadu_ps(there, x + i);
+        __mmask16 keep = _mm512_mask_cmp_ps_mask(there, _mm512_abs_ps(v),
+                                                 _mm512_set1_ps(threshold), _CMP_GE_OQ);
+        keep = _mm512_mask_cmp_ps_mask(keep, v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+        if (!keep) continue;
+        const __m512i at = _mm512_add_epi32(
+            lanes, _mm512_set1_epi32(base + static_cast<int32_t>(i) * LANES));
+        // A compressing store is slow on some processors; the buffers leave room for whole ones.
+        _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(keep, v));
+        _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(keep, at));
+        count += __builtin_popcount(keep);
+    }
+#endif
+    for (; i < n; i++) {
+        value[count] = x[i];
+        index[count] = base + static_cast<int32_t>(i) * LANES;
+        count += kept(x[i], threshold);
+    }
+    return count;
+}
+
+long floor_mod(long a, long b) { return ((a % b) + b) % b; }
+
+}  // namespace
+
+// The kept weights of [rows][columns] as rows of (offset, value), by output channel and again by
+// `target` (class and input channel). Tables hold, by column, the offsets in both directions and
+// the target; `plane` is what an output channel adds to a backward offset. `flat` receives each
+// kept weight's place. All lists have room for every weight. Returns how many are kept.
+RETURNS(long, pattern)(
+    const float *w, float threshold, long rows, long columns, const int32_t *forward,
+    const int32_t *backward, const int32_t *target, long plane, long targets, int32_t *begin,
+    int32_t *offset, float *value, int32_t *flat, int32_t *begin_back, int32_t *offset_back,
+    float *value_back) {
+    long n = 0;
+    for (long o = 0; o < rows; o++) {
+        begin[o] = static_cast<int32_t>(n);
+        const float *row = w + o * columns;
+        long j = 0;
+#if defined(__AVX512F__)
+        const __m512i lanes =
+            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (; j + 16 <= columns; j += 16) {
+            const __m512 v = _mm512_loadu_ps(row + j);
+            __mmask16 keep =
+                _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(threshold), _CMP_GE_OQ);
+            keep = _mm512_mask_cmp_ps_mask(keep, v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+            if (!keep) continue;
+            _mm512_mask_compressstoreu_ps(value + n, keep, v);
+            _mm512_mask_compressstoreu_epi32(offset + n, keep, _mm512_loadu_si512(forward + j));
+            _mm512_mask_compressstoreu_epi32(
+                flat + n, keep,
+                _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(o * columns + j))));
+            n += __builtin_popcount(keep);
+        }
+#endif
+        for (; j < columns; j++)
+            if (kept(row[j], threshold)) {
+                value[n] = row[j];
+                offset[n] = forward[j];
+                flat[n++] = static_cast<int32_t>(o * columns + j);
+            }
+    }
+    begin[rows] = static_cast<int32_t>(n);
+    std::vector<int32_t> next(targets + 1, 0);
+    for (long o = 0; o < rows; o++)
+        for (long k = begin[o]; k < begin[o + 1]; k++) next[target[flat[k] - o * columns] + 1]++;
+    for (long t = 0; t < targets; t++) next[t + 1] += next[t];
+    std::copy(next.begin(), next.end(), begin_back);
+    for (long o = 0; o < rows; o++)
+        for (long k = begin[o]; k < begin[o + 1]; k++) {
+            const long column = flat[k] - o * columns, at = next[target[column]]++;
+            offset_back[at] = static_cast<int32_t>(backward[column] + o * plane);
+            value_back[at] = value[k];
+        }
+    return n;
+}
+
+// out [OC][OH][OW][N] = bias + the product of the weights with in [C][H][W][N]. An output pixel (y, x)
+// meets input pixels around (y * sh - top, x * sw - left). Blocks are `rows` x `columns` output
+// pixels of `samples` samples, all or V; slabs [C][sh * sw][slab_rows][slab_columns][samples].
+EXPORT(convolve)(const float *in, long C, long H, long W, long batch, long sh, long sw, long top,
+                 long left, long samples, long rows, long columns, long slab_rows,
+                 long slab_columns,
+                 const int32_t *begin, const int32_t *offset, const float *value, long OC,
+                 const float *bias, float *out, long OH, long OW, long threads) {
+    const Source source{in, C, H, W, batch, sh, sw, top, left, slab_rows, slab_columns};
+    const Pattern w{begin, offset, value};
+    const Blocks blocks(batch, samples, rows, columns, OH, OW);
+    const long parts = blocks.count >= 2 * threads ? 1 : std::min<long>(OC, 2 * threads);
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && batch % 16 == 0;
+    const bool stream = aligned && OC * OH * OW * batch * 4 > (4 << 20);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        float *const slab = scratch.of(source.size(blocks.pixel));
+        std::vector<Tile> tiles;
+#pragma omp for schedule(static)
+        for (long task = 0; task < blocks.count * parts; task++) {
+            const Block b = blocks.at(task / parts, true);
+            const long part = task % parts, first = OC * part / parts, last = OC * (part + 1) / parts;
+            source.pack(b, blocks.pixel, slab);
+            float *to = out + (b.y * OW + b.x) * batch + b.n;
+            const long in_row = slab_columns * blocks.pixel, length = b.columns * blocks.pixel;
+            if (length < V) {
+                for (long o = first; o < last; o++)
+                    for (long y = 0; y < b.rows; y++)
+                        for (long x = 0; x < length; x++) {
+                            float total = bias ? bias[o] : 0;
+                            for (long j = begin[o]; j < begin[o + 1]; j++)
+                                total += value[j] * slab[offset[j] * blocks.pixel + y * in_row + x];
+                            to[(o * OH + y) * OW * batch + x] = total;
+                        }
+                continue;
+            }
+            cover(b.rows, length, tiles);
+            for (const Tile &tile : tiles) {
+                const Run run{slab + tile.y * in_row + tile.x,
+                              to + tile.y * OW * batch + tile.x / V * blocks.vector + tile.x % V,
+                              in_row, OW * batch, OH * OW * batch, blocks.vector, blocks.pixel, bias,
+                              stream};
+                dispatch<1, 1>(tile, Sweep{w, run, first, last});
+            }
+        }
+    }
+}
+
+// gradient[j] = <d[o], in at the j-th entry's offset>, over the blocks of `convolve`: the weight
+// gradient of a fixed mask.
+EXPORT(sample)(const float *in, long C, long H, long W, long batch, long sh, long sw, long top,
+               long left, long samples, long rows, long columns, long slab_rows,
+               long slab_columns,
+               const int32_t *begin, const int32_t *offset, long OC, const float *d, long OH,
+               long OW, float *gradient, long threads) {
+    const Source source{in, C, H, W, batch, sh, sw, top, left, slab_rows, slab_columns};
+    const Pattern w{begin, offset, nullptr};
+    const Blocks blocks(batch, samples, rows, columns, OH, OW);
+    std::vector<float> sums(static_cast<size_t>(begin[OC]) * V, 0.0f);
+    const long parts = std::min<long>(OC, threads);
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (long part = 0; part < parts; part++) {
+        float *const slab = scratch.of(source.size(blocks.pixel));
+        std::vector<Tile> tiles;
+        const long first = OC * part / parts, last = OC * (part + 1) / parts;
+        for (long k = 0; k < blocks.count; k++) {
+            const Block b = blocks.at(k, false);
+            source.pack(b, blocks.pixel, slab);
+            const float *from = d + (b.y * OW + b.x) * batch + b.n;
+            const long in_row = slab_columns * blocks.pixel, length = b.columns * blocks.pixel;
+            if (length < V) {
+                for (long o = first; o < last; o++)
+                    for (long j = begin[o]; j < begin[o + 1]; j++)
+                        for (long y = 0; y < b.rows; y++)
+                            for (long x = 0; x < length; x++)
+                                sums[j * V] += from[(o * OH + y) * OW * batch + x] *
+                                               slab[offset[j] * blocks.pixel + y * in_row + x];
+                continue;
+            }
+            cover(b.rows, length, tiles);
+            for (const Tile &tile : tiles) {
+                const Run run{slab + tile.y * in_row + tile.x,
+                              const_cast<float *>(from) + tile.y * OW * batch +
+                                  tile.x / V * blocks.vector + tile.x % V,
+                              in_row, OW * batch, OH * OW * batch, blocks.vector, blocks.pixel,
+                              nullptr, false};
+                const int overlap = std::max(tile.overlap, b.overlap);
+                dispatch<1, 1>(tile, Sample{w, run, first, last, overlap, sums.data()});
+            }
+        }
+        for (long j = begin[first]; j < begin[last]; j++) gradient[j] = sum(load(&sums[j * V]));
+    }
+}
+
+// Dense weight gradient [OC][C][KH][KW] of activations a [C][H][W][N] of which only those of a
+// magnitude of at least `threshold` count; d [OC][OH][OW][N] is the output's gradient. Returns how
+// many activations count.
+RETURNS(long, gradient)(const float *a, float threshold, const float *d, float *gradient, long C,
+                        long H, long W, long batch, long OC, long KH, long KW, long sh, long sw,
+                        long pad_top, long pad_left, long OH, long OW, long threads) {
+    const long groups = (OC + LANES - 1) / LANES, K = KH * KW, classes = sh * sw;
+    const long top = (KH - 1) / sh, left = (KW - 1) / sw;  // rows and columns that taps reach back
+    const long width = std::max((W - 1 + pad_left) / sw, OW - 1) + 1 + left;
+    std::vector<float> sums(static_cast<size_t>(groups) * C * K * LANES, 0.0f);
+    // A band is as many rows as keep its part of the output's gradient near, for some samples.
+    // A pixel takes a little more than its samples, or all taps would meet in one set of the cache.
+    const long some = std::min(batch, width * 32 * LANES * 32 < NEAR ? 32L : 16L);
+    const long pixel = (some + 2) * LANES, row = width * pixel;
+    const long bytes = row * static_cast<long>(sizeof(float));
+    const long fit = std::max(1L, NEAR / bytes - top), band = std::min(fit * sh, H);
+    const long reach = (band - 1) / sh + 2 + top;  // rows of the output that a band meets
+    // Channels in one list: all, unless a list that kept everything would be very long.
+    const long block = std::max(1L, (1L << 24) / (band * W * some));
+    const long parts = std::min<long>(C, threads);
+    long total = 0;
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static) reduction(+ : total)
+    for (long part = 0; part < parts; part++) {
+        const long first = C * part / parts, last = C * (part + 1) / parts;
+        const long held = std::min(block, last - first);
+        // Not vectors, which would write zeros: most of this is never used.
+        const size_t room = static_cast<size_t>(held) * band * W * some + 16;
+        const std::unique_ptr<int32_t[]> index(new int32_t[room]);
+        const std::unique_ptr<float[]> value(new float[room]);
+        float *const lanes = scratch.of(static_cast<size_t>(reach) * row);
+        std::vector<long> starts(held * classes + 1);
+        for (long y0 = 0; y0 < H; y0 += band) {
+            const long y1 = std::min(H, y0 + band), q0 = (y0 + pad_top) / sh;
+            for (long n0 = 0; n0 < batch; n0 += some) {
+                const long here = std::min(some, batch - n0);
+                for (long c0 = first; c0 < last; c0 += block) {
+                    const long c1 = std::min(last, c0 + block);
+                    long n = 0;
+                    for (long c = c0; c < c1; c++)
+                        for (long k = 0; k < classes; k++) {
+                            starts[(c - c0) * classes + k] = n;
+                            const long y = y0 + floor_mod(k / sw - pad_top - y0, sh);
+                            for (long i = y; i < y1; i += sh)
+                                for (long x = floor_mod(k % sw - pad_left, sw); x < W; x += sw) {
+                                    const long q = (i + pad_top) / sh - q0 + top;
+                                    const long p = (x + pad_left) / sw + left;
+                                    n += compress(a + ((c * H + i) * W + x) * batch + n0, here,
+                                                  threshold,
+                                                  static_cast<int32_t>((q * width + p) * pixel),
+                                                  &index[n], &value[n]);
+                                }
+                        }
+                    starts[(c1 - c0) * classes] = n;
+                    total += n;
+                    if (!n) continue;
+                    for (long g = 0; g < groups; g++) {
+                        const long there = std::min<long>(LANES, OC - g * LANES);
+                        const long met = (y1 - 1 + pad_top) / sh - q0 + 1 + top;
+                        for (long r = 0; r < met; r++) {
+                            const long y = q0 - top + r;
+                            float *to = lanes + r * row;
+                            if (y < 0 || y >= OH || there < LANES)
+                                std::memset(to, 0, row * sizeof(float));
+                            if (y < 0 || y >= OH) continue;
+                            std::memset(to, 0, left * pixel * sizeof(float));
+                            std::memset(to + (left + OW) * pixel, 0,
+                                        (width - left - OW) * pixel * sizeof(float));
+                            const float *from = d + (g * LANES * OH + y) * OW * batch + n0;
+                            for (long x = 0; x < OW; x++)
+                                transpose(from + x * batch, there, here, OH * OW * batch,
+                                          to + (left + x) * pixel, LANES);
+                        }
+                        for (long c = c0; c < c1; c++)
+                            for (long k = 0; k < classes; k++) {
+                                const long *start = &starts[(c - c0) * classes + k];
+                                const List list{&index[start[0]], &value[start[0]],
+                                                start[1] - start[0]};
+                                if (!list.count) continue;
+                                const long a0 = k / sw, b0 = k % sw;
+                                float *to = &sums[((g * C + c) * K + a0 * KW + b0) * LANES];
+                                const Steps steps{row, pixel, sh * KW * LANES, sw * LANES};
+                                const long rows = (KH - a0 + sh - 1) / sh;
+                                const long columns = (KW - b0 + sw - 1) / sw;
+                                for (long i = 0; i < rows; i += TAPS_HIGH)
+                                    for (long j = 0; j < columns; j += TAPS_WIDE)
+                                        grid<1, 1>(
+                                            static_cast<int>(std::min<long>(TAPS_HIGH, rows - i)),
+                                            static_cast<int>(
+                                                std::min<long>(TAPS_WIDE, columns - j)),
+                                            list, lanes - i * row - j * pixel,
+                                            to + i * steps.high + j * steps.wide, steps);
+                            }
+                    }
+                }
+            }
+        }
+    }
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (long g = 0; g < groups; g++)
+        transpose(&sums[g * C * K * LANES], C * K, std::min<long>(LANES, OC - g * LANES), LANES,
+                  gradient + g * LANES * C * K, C * K);
+    return total;
+}
+
+// Put the phases of [C][phases][height][width][N] back into out [C][H][W][N], one at a time.
+EXPORT(interleave)(const float *in, float *out, long channels, long height, long width, long batch,
+                   long y0, long x0, long sh, long sw, long H, long W, long threads) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (long r = 0; r < channels * height; r++) {
+        const float *from = in + r * width * batch;
+        float *to = out + ((r / height * H + r % height * sh + y0) * W + x0) * batch;
+        for (long x = 0; x < width; x++)
+            std::memcpy(to + x * sw * batch, from + x * batch, batch * sizeof(float));
+    }
+}
+
+// out[j][i] = in[i][j] for a matrix of rows x columns.
+EXPORT(transpose)(const float *in, float *out, long rows, long columns, long threads) {
+    const long step = 256;
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (long j = 0; j < columns; j += step)
+        transpose(in + j, rows, std::min(step, columns - j), columns, out + j * rows, rows);
+}
+
+// The k-th largest magnitude of n floats, 1 <= k <= n: the bits of a magnitude sort like the number.
+RETURNS(float, kth)(const float *x, long n, long k) {
+    constexpr int SHIFT = 19, BINS = 1 << (31 - SHIFT);
+    std::vector<int64_t> counts(4 * BINS, 0);  // four, so that equal neighbours do not wait
+    const auto bits = [x](long i) {
+        uint32_t b;
+        std::memcpy(&b, x + i, sizeof b);
+        return b & 0x7fffffffu;
+    };
+    for (long i = 0; i < n; i++) counts[(i & 3) * BINS + (bits(i) >> SHIFT)]++;
+    long above = 0;
+    int bin = BINS - 1;
+    for (;; bin--) {
+        const long here = counts[bin] + counts[BINS + bin] + counts[2 * BINS + bin] +
+                          counts[3 * BINS + bin];
+        if (above + here >= k || !bin) break;
+        above += here;
+    }
+    std::vector<uint32_t> candidates;
+    for (long i = 0; i < n; i++)
+        if (const uint32_t b = bits(i); static_cast<int>(b >> SHIFT) == bin) candidates.push_back(b);
+    const auto nth = candidates.begin() + (k - above - 1);
+    std::nth_element(candidates.begin(), nth, candidates.end(), std::greater<uint32_t>());
+    float out;
+    std::memcpy(&out, &*nth, sizeof out);
+    return out;
+}
+
+// out = x where its magnitude is at least `threshold`, else 0.
+EXPORT(prune)(const float *x, float threshold, float *out, long n, long threads) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (long i = 0; i < n; i++) out[i] = std::fabs(x[i]) >= threshold ? x[i] : 0.0f;
+}
+
+// ---- normalisation, with the residual that is added and the ReLU that follows --------------------
+
+namespace {
+
+template <class T> INLINE T get(const float *p);
+template <> INLINE vec get<vec>(const float *p) { return load(p); }
+template <> INLINE float get<float>(const float *p) { return *p; }
+INLINE void put(float *p, vec v) { store(p, v); }
+INLINE void put(float *p, float v) { *p = v; }
+template <class T> INLINE T fill(float x);
+template <> INLINE vec fill<vec>(float x) { return all(x); }
+template <> INLINE float fill<float>(float x) { return x; }
+INLINE float positive(float y, float d) { return y > 0 ? d : 0; }
+INLINE float sum(float v) { return v; }
+INLINE vec drop(vec v, int count) { return without_first(v, count); }
+INLINE float drop(float v, int) { return v; }
+INLINE vec inverse_root(vec v) {
+    for (int i = 0; i < V; i++) v[i] = 1 / std::sqrt(v[i]);
+    return v;
+}
+INLINE float inverse_root(float v) { return 1 / std::sqrt(v); }
+
+// f(offset, vec or float) for every part of n floats.
+template <class F>
+INLINE void each(long n, F &&f) {
+    long i = 0;
+    for (; i + V <= n; i += V) f(i, vec{});
+    for (; i < n; i++) f(i, 0.0f);
+}
+
+// The sum over n floats of what f returns for each part.
+template <class F>
+INLINE double total_of(long n, F &&f) {
+    vec a[4] = {};
+    long i = 0;
+    for (; i + 4 * V <= n; i += 4 * V) UNROLL for (int k = 0; k < 4; k++) a[k] += f(i + k * V, vec{});
+    for (; i + V <= n; i += V) a[0] += f(i, vec{});
+    double total = sum((a[0] + a[1]) + (a[2] + a[3]));
+    for (; i < n; i++) total += f(i, 0.0f);
+    return total;
+}
+
+// The sum over `count` steps of what f returns, lane by lane.
+template <class T, class F>
+INLINE T lane_sum(long count, F &&f) {
+    T a[4] = {};
+    long i = 0;
+    for (; i + 4 <= count; i += 4) UNROLL for (int k = 0; k < 4; k++) a[k] += f(i + k);
+    for (; i < count; i++) a[0] += f(i);
+    return (a[0] + a[1]) + (a[2] + a[3]);
+}
+
+struct GroupNorm {
+    const float *x, *residual, *scale, *shift, *d;
+    float *y, *mean, *inverse, *dx, *dresidual, *dscale, *dshift;
+    long channels, pixels, batch;  // channels of one group
+    long relu;
+    float epsilon;
+
+    template <class T>
+    void forward(long group, long n) const {
+        const long c0 = group * channels, step = batch, size = pixels * batch;
+        const float count = static_cast<float>(channels * pixels);
+        const float *from = x + c0 * size + n;
+        const long all_pixels = channels * pixels;  // the channels of a group lie side by side
+        const T m = lane_sum<T>(all_pixels, [&](long i) { return get<T>(from + i * step); }) / count;
+        const T v = lane_sum<T>(all_pixels, [&](long i) {
+                        const T e = get<T>(from + i * step) - m;
+                        return e * e;
+                    }) / count;
+        const T s = inverse_root(v + epsilon);
+        put(mean + group * batch + n, m);
+        put(inverse + group * batch + n, s);
+        for (long c = c0; c < c0 + channels; c++) {
+            const T a = s * fill<T>(scale ? scale[c] : 1.0f);
+            const T b = fill<T>(shift ? shift[c] : 0.0f) - m * a;
+            for (long i = 0; i < pixels; i++) {
+                const long at = c * size + i * step + n;
+                T out = get<T>(x + at) * a + b;
+                if (residual) out += get<T>(residual + at);
+                if (relu) out = positive(out, out);
+                put(y + at, out);
+            }
+        }
+    }
+
+    template <class T>
+    void backward(long group, long n, int overlap) const {
+        const long c0 = group * channels, step = batch, size = pixels * batch;
+        const T m = get<T>(mean + group * batch + n), s = get<T>(inverse + group * batch + n);
+        T first{}, second{};
+        for (long c = c0; c < c0 + channels; c++) {
+            T plain[2] = {}, scaled[2] = {};
+            for (long i = 0; i < pixels; i++) {
+                const long at = c * size + i * step + n;
+                T e = get<T>(d + at);
+                if (relu) e = positive(get<T>(y + at), e);
+                if (dresidual) put(dresidual + at, e);
+                plain[i & 1] += e;
+                scaled[i & 1] += e * (get<T>(x + at) - m);
+            }
+            const T p = plain[0] + plain[1], q = (scaled[0] + scaled[1]) * s;
+            const float g = scale ? scale[c] : 1.0f;
+            first += p * fill<T>(g);
+            second += q * fill<T>(g);
+            if (dshift) dshift[c] += sum(drop(p, overlap));
+            if (dscale) dscale[c] += sum(drop(q, overlap));
+        }
+        const float count = static_cast<float>(channels * pixels);
+        first = first / count;
+        second = second / count * s;
+        for (long c = c0; c < c0 + channels; c++) {
+            const T g = fill<T>(scale ? scale[c] : 1.0f);
+            for (long i = 0; i < pixels; i++) {
+                const long at = c * size + i * step + n;
+                T e = get<T>(d + at);
+                if (relu) e = positive(get<T>(y + at), e);
+                put(dx + at, s * (e * g - first - (get<T>(x + at) - m) * second));
+            }
+        }
+    }
+};
+
+}  // namespace
+
+// y = relu((x - mean) * inverse * scale + shift + residual) over [C][size], mean and variance by
+// channel; a null pointer leaves its part out. Running statistics move by `momentum`.
+EXPORT(batch_norm)(const float *x, const float *residual, const float *scale, const float *shift,
+                   float *y, float *mean, float *inverse, float *running_mean,
+                   float *running_variance, long C, long size, long relu, float momentum,
+                   float epsilon, long threads) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (long c = 0; c < C; c++) {
+        const float *from = x + c * size;
+        const double count = static_cast<double>(size);
+        const float m = static_cast<float>(total_of(size, [&](long i, auto kind) {
+                            return get<decltype(kind)>(from + i);
+                        }) / count);
+        const double v = total_of(size, [&](long i, auto kind) {
+                             const auto e = get<decltype(kind)>(from + i) - m;
+                             return e * e;
+                         }) / count;
+        const float s = static_cast<float>(1 / std::sqrt(v + epsilon));
+        mean[c] = m;
+        inverse[c] = s;
+        if (running_mean) {
+            const float unbiased = static_cast<float>(v * count / (count - 1));
+            running_mean[c] += momentum * (m - running_mean[c]);
+            running_variance[c] += momentum * (unbiased - running_variance[c]);
+        }
+        const float a = s * (scale ? scale[c] : 1), b = (shift ? shift[c] : 0) - m * a;
+        each(size, [&](long i, auto kind) {
+            using T = decltype(kind);
+            T out = get<T>(from + i) * a + b;
+            if (residual) out += get<T>(residual + c * size + i);
+            if (relu) out = positive(out, out);
+            put(y + c * size + i, out);
+        });
+    }
+}
+
+EXPORT(batch_norm_back)(const float *d, const float *x, const float *y, const float *scale,
+                        const float *mean, const float *inverse, float *dx, float *dresidual,
+                        float *dscale, float *dshift, long C, long size, long relu, long threads) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (long c = 0; c < C; c++) {
+        const long at = c * size;
+        const float m = mean[c], s = inverse[c];
+        const auto incoming = [&](long i, auto kind) {
+            using T = decltype(kind);
+            const T e = get<T>(d + at + i);
+            return relu ? positive(get<T>(y + at + i), e) : e;
+        };
+        const double plain = total_of(size, [&](long i, auto kind) {
+            const auto e = incoming(i, kind);
+            if (dresidual) put(dresidual + at + i, e);
+            return e;
+        });
+        const double scaled = total_of(size, [&](long i, auto kind) {
+            return incoming(i, kind) * (get<decltype(kind)>(x + at + i) - m);
+        });
+        if (dshift) dshift[c] = static_cast<float>(plain);
+        if (dscale) dscale[c] = static_cast<float>(scaled) * s;
+        const float a = s * (scale ? scale[c] : 1);
+        const float b = static_cast<float>(plain / size);
+        const float e = static_cast<float>(scaled / size) * s * s;
+        each(size, [&](long i, auto kind) {
+            using T = decltype(kind);
+            put(dx + at + i, (incoming(i, kind) - b - (get<T>(x + at + i) - m) * e) * a);
+        });
+    }
+}
+
+// The same by sample and group of channels, over [C][pixels][N]; mean and inverse are [groups][N].
+EXPORT(group_norm)(const float *x, const float *residual, const float *scale, const float *shift,
+                   float *y, float *mean, float *inverse, long C, long groups, long pixels,
+                   long batch, long relu, float epsilon, long threads) {
+    GroupNorm norm{};
+    norm.x = x, norm.residual = residual, norm.scale = scale, norm.shift = shift, norm.y = y;
+    norm.mean = mean, norm.inverse = inverse, norm.channels = C / groups, norm.pixels = pixels;
+    norm.batch = batch, norm.relu = relu, norm.epsilon = epsilon;
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (long g = 0; g < groups; g++)
+        if (batch < V)
+            for (long n = 0; n < batch; n++) norm.forward<float>(g, n);
+        else
+            for (long n = 0; n < batch; n += V) norm.forward<vec>(g, std::min(n, batch - V));
+}
+
+EXPORT(group_norm_back)(const float *d, const float *x, const float *y, const float *scale,
+                        float *mean, float *inverse, float *dx, float *dresidual, float *dscale,
+                        float *dshift, long C, long groups, long pixels, long batch, int relu,
+                        long threads) {
+    GroupNorm norm{};
+    norm.x = x, norm.scale = scale, norm.d = d, norm.y = const_cast<float *>(y), norm.mean = mean;
+    norm.inverse = inverse, norm.dx = dx, norm.dresidual = dresidual, norm.dscale = dscale;
+    norm.dshift = dshift, norm.channels = C / groups, norm.pixels = pixels, norm.batch = batch;
+    norm.relu = relu;
+    if (dscale) std::fill(dscale, dscale + C, 0.0f);
+    if (dshift) std::fill(dshift, dshift + C, 0.0f);
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (long g = 0; g < groups; g++)
+        if (batch < V)
+            for (long n = 0; n < batch; n++) norm.backward<float>(g, n, 0);
+        else
+            for (long n = 0; n < batch; n += V) {
+                const long at = std::min(n, batch - V);
+                norm.backward<vec>(g, at, static_cast<int>(n - at));
+            }
+}

@@ -1,0 +1,101 @@
+"""Which of two ways is faster for a layer: timed once on this machine, and remembered.
+
+What was measured lies in the user's cache, one small file for each layer's size, so that all
+processes and a resumed run decide alike.
+"""
+
+import contextlib
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from hansa.files import cache_folder, write_atomic
+from hansa.processes import processor
+from hansa.sparse.convolution import Convolution, Geometry
+from hansa.sparse.functions import Compiled, Shape, reference
+from hansa.sparse.kernels import required
+from hansa.sparse.layout import logical, outer
+from hansa.sparse.thresholds import threshold
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a forward and backward pass, the medians of turns taken one after the other."""
+
+    compiled: float
+    reference: float
+
+
+def timing(
+    geometry: Geometry, batch: int, sparsity: float, inputs: float, linear: bool = False
+) -> Timing:
+    """Return how long a layer takes on the kernels and without them, measured or remembered.
+
+    Args:
+        geometry: the layer's sizes.
+        batch: samples.
+        sparsity: share of weights that are not used.
+        inputs: share of inputs that the weight's gradient leaves out.
+        linear: whether it is a linear layer.
+    """
+    found = required()
+    about = {
+        "geometry": asdict(geometry),
+        "case": [batch, sparsity, inputs, linear, torch.get_num_threads()],
+        "machine": [torch.__version__, processor(), found.isa],
+        "library": json.loads(found.path.with_suffix(".json").read_bytes())["library"],
+    }
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    path = cache_folder("kernels") / f"{key}.json"
+    try:
+        return Timing(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        measured = measure(geometry, batch, sparsity, inputs, linear)
+    with contextlib.suppress(OSError):  # without a place for it, it is measured again
+        write_atomic(path, json.dumps(asdict(measured)))
+    return measured
+
+
+def measure(
+    geometry: Geometry, batch: int, sparsity: float, inputs: float, linear: bool = False
+) -> Timing:
+    """Measure what ``timing`` remembers."""
+    g = geometry
+    random = torch.Generator().manual_seed(0)
+    x = logical(torch.randn(g.inputs, g.height, g.width, batch, generator=random).relu_())
+    weight = torch.randn(g.outputs, g.inputs, *g.kernel, generator=random)
+    d = logical(torch.randn(g.outputs, *g.out, batch, generator=random))
+    plain_x, plain_d = outer(x), outer(d)
+    if linear:
+        x, d, plain_x, plain_d = (t.flatten(1) for t in (x, d, plain_x, plain_d))
+        weight = weight.flatten(1)
+    weight.requires_grad_()
+    x.requires_grad_(), plain_x.requires_grad_()
+    least = threshold(weight, sparsity), threshold(x, inputs)
+    shape = None if linear else Shape(g.stride, g.padding)
+    lists = Convolution(geometry, batch)
+    numbers = float(least[0]), float(least[1])
+
+    def compiled() -> torch.Tensor:
+        y: torch.Tensor = Compiled.apply(x, weight, None, *numbers, lists, False)
+        return y
+
+    def plainly() -> torch.Tensor:
+        return reference(plain_x, weight, None, *least, shape)
+
+    def seconds(call: Callable[[], torch.Tensor], gradient: torch.Tensor) -> float:
+        start = time.perf_counter()
+        call().backward(gradient)
+        return time.perf_counter() - start
+
+    with torch.enable_grad():
+        turns = [(seconds(compiled, d), seconds(plainly, plain_d)) for _ in range(REPEATS + 1)]
+    first, second = zip(*turns[1:], strict=True)  # the first turn warms up
+    return Timing(statistics.median(first), statistics.median(second))
