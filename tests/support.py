@@ -15,6 +15,7 @@ from hansa.data.clients import Client
 from hansa.federation.engines.engine import RoundResult
 from hansa.federation.engines.local import LocalEngine
 from hansa.federation.message import State
+from hansa.federation.methods import METHODS
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Setup
 from hansa.federation.optimizer import Training
@@ -24,6 +25,18 @@ from hansa.models.task import Task
 from hansa.seeding import generator
 
 CLASSES, FEATURES = 3, 4
+OPTIONS: dict[str, dict[str, Any]] = {
+    "swat": {"sparse": ["*"]},
+    "zerofl": {"sparse": ["*"]},
+    "sparsyfed": {"sparsity": 0.5},
+}
+"""Options that a method needs on models as small as these, which have a first and a last layer and
+few weights."""
+
+
+def made(name: str) -> Method:
+    """Return a method with its defaults."""
+    return METHODS[name].model_validate(OPTIONS.get(name, {}))
 
 
 class Net(nn.Module):
@@ -84,9 +97,10 @@ def engine(
     data = clients() if data is None else data
     tree = tree or Tree.flat(data)
     paths = {path.rpartition("/")[2]: path for path in tree.leaves()}
+    training = training or Training(lr=0.1, batch_size=3, epochs=2)
     setup = Setup(
-        Task(model or net()),
-        training or Training(lr=0.1, batch_size=3, epochs=2),
+        method.adapted(Task(model or net()), training),
+        training,
         buffers,  # type: ignore[arg-type]
     )
     method.check(setup, tree.depth)

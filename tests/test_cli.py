@@ -32,7 +32,7 @@ def test_train_prints_one_json_object_and_nothing_else(tmp_path) -> None:
     assert result["method"] == "fedselect"
     assert result["rounds"] == 2
     assert result["metrics"]["accuracy"].keys() == {"mean", "std", "worst_tenth"}
-    assert result["bytes"].keys() == {"up", "down"}
+    assert result["bytes"].keys() == {"up", "down", "csr"}
     assert result["seconds"] > 0
     ledger = pq.read_table(tmp_path / result["run"] / "ledger.parquet")
     assert result["bytes"]["up"] == sum(ledger["up"].to_pylist())

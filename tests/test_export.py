@@ -7,7 +7,7 @@ import hansa
 from hansa.federation.methods import METHODS
 from hansa.models import Architecture, build
 from hansa.training import prepare
-from support import config
+from support import OPTIONS, config
 
 
 def test_an_exported_bundle_is_the_client_s_model_with_its_masks_and_line(tmp_path) -> None:
@@ -40,7 +40,7 @@ def test_an_exported_bundle_is_the_client_s_model_with_its_masks_and_line(tmp_pa
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_exported_model_is_the_one_on_the_card(tmp_path, name: str) -> None:
-    run = hansa.train(config(tmp_path, rounds=2, method={"name": name}))
+    run = hansa.train(config(tmp_path, rounds=2, method={"name": name, **OPTIONS.get(name, {})}))
     made = hansa.export(run, "client-2", tmp_path / "mine")
     model = build(Architecture(**made.architecture))
     model.load_state_dict(dict(made.weights))

@@ -24,8 +24,12 @@ from .federation.methods import Method as Method
 from .federation.methods import PFedMe as PFedMe
 from .federation.methods import RandomMask as RandomMask
 from .federation.methods import Scaffold as Scaffold
+from .federation.methods import SparsyFed as SparsyFed
+from .federation.methods import Swat as Swat
+from .federation.methods import ZeroFL as ZeroFL
 from .federation.optimizer import Training as Training
 from .federation.participation import Participation as Participation
+from .federation.server import ServerOptimizer as ServerOptimizer
 from .federation.tree import Tree as Tree
 from .prune import PrunedModel as PrunedModel
 from .prune import prune as prune

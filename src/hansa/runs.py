@@ -46,7 +46,7 @@ from hansa.federation.history import SCHEMAS, History, tables_of
 from hansa.federation.store import DiskStore
 from hansa.files import sync_folder, write_atomic
 
-FORMAT = 3
+FORMAT = 4
 
 
 class BusyError(InputError):

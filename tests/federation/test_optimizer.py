@@ -105,3 +105,34 @@ def test_inputs_are_not_changed() -> None:
 def test_options_that_make_no_sense_are_refused(options) -> None:
     with pytest.raises(ValueError, match="validation error"):
         Training(**options)
+
+
+def test_the_rate_falls_by_one_factor_from_the_first_round_to_the_last() -> None:
+    training = Training(lr=0.1, lr_end=0.01, lr_rounds=700)
+    assert training.rate(1) == training.rate(0) == 0.1
+    assert training.rate(700) == training.rate(701) == 0.01
+    factors = [training.rate(t + 1) / training.rate(t) for t in range(1, 700)]
+    assert factors == pytest.approx([0.1 ** (1 / 699)] * 699, rel=1e-12)
+    assert Training(lr=0.1).rate(5) == 0.1
+    for options in ({"lr_end": 0.1}, {"lr_rounds": 5}):
+        with pytest.raises(ValueError, match="lr_end and lr_rounds go together"):
+            Training(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_rate_that_is_given_is_the_one_that_is_used(optimizer: str, momentum: float) -> None:
+    if momentum and optimizer != "sgd":
+        pytest.skip("momentum is SGD's")
+    options = {"optimizer": optimizer, "momentum": momentum, "weight_decay": 0.1}
+    other = Training(lr=0.3, **options)  # type: ignore[arg-type]
+    training = Training(lr=0.1, lr_end=0.3, lr_rounds=2, **options)  # type: ignore[arg-type]
+    params = {"w": torch.tensor([1.0, -2.0])}
+    gradients = {"w": torch.tensor([0.5, 0.25])}
+    rate = torch.tensor(training.rate(2), dtype=torch.float64)
+    found, _ = training.update(params, gradients, training.memory(params), rate=rate)
+    expected, _ = other.update(params, gradients, other.memory(params))
+    assert found["w"].dtype is torch.float32
+    torch.testing.assert_close(found["w"], expected["w"], rtol=0, atol=1e-7)
+    first, _ = other.update(params, gradients, other.memory(params), rate=torch.tensor(0.1))
+    assert not torch.allclose(first["w"], expected["w"])

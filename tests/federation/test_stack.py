@@ -19,7 +19,7 @@ from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
 from hansa.federation.stack import try_out
 from hansa.federation.tree import Tree
-from support import CLASSES, FEATURES, Net, clients, engine, everything, net, run
+from support import CLASSES, FEATURES, Net, clients, engine, everything, made, net, run
 
 SIZES = (7, 3, 12, 7, 1, 6, 9)
 
@@ -69,7 +69,7 @@ def assert_equal(one: LocalEngine, other: LocalEngine, tolerance: float = 1e-9) 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_stacked_is_sequential_after_20_rounds(name: str) -> None:
-    one, other, first, second = both(METHODS[name](), rounds=20)
+    one, other, first, second = both(made(name), rounds=20)
     assert other.stack.failure == ""
     assert_equal(one, other)
     for a, b in zip(first, second, strict=True):
@@ -97,7 +97,7 @@ def test_stacked_is_sequential_after_20_rounds(name: str) -> None:
 )
 @pytest.mark.parametrize("name", ["fedavg", "fedselect"])
 def test_memory_of_optimizers_is_stacked_as_well(name: str, training: Training) -> None:
-    one, other, *_ = both(METHODS[name](), training=training)
+    one, other, *_ = both(made(name), training=training)
     assert other.stack.failure == ""
     assert_equal(one, other)
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hansa.federation.message import Message, MessageError
-from hansa.federation.wire import decode, encode, encoded_size
+from hansa.federation.wire import csr_size, decode, encode, encoded_size
 
 T = TypeVar("T")
 
@@ -783,3 +783,16 @@ def test_a_scalar_of_another_kind_is_not_encoded(value: object) -> None:
 def test_a_metric_of_more_than_64_bits_is_not_encoded() -> None:
     with pytest.raises(MessageError, match="metric 'loss'"):
         encode(Message(metrics={"loss": (10**400, 1)}))
+
+
+def test_the_size_that_papers_count_is_values_and_indices_of_what_is_not_zero() -> None:
+    sparse = torch.tensor([0.0, 1.0, 0.0, -2.0, 0.0, 0.0, 0.0, -0.0])
+    assert csr_size(one(sparse)) == 8 * 2
+    assert csr_size(one(sparse.half())) == 8 * 2  # as float32, whatever the type
+    assert csr_size(one(torch.ones(5))) == 4 * 5  # whole where that is less
+    # Over the message, not tensor by tensor: the whole tensor is indexed as well.
+    both = Message({"a": {"x": sparse, "y": torch.ones(1)}, "b": {"x": torch.zeros(4)}})
+    assert csr_size(both) == 8 * 3
+    more = {**both.groups, "buffers": {"m": torch.ones(9)}, "mask": {"m": torch.ones(9) > 0}}
+    assert csr_size(Message({**more, "n": {"n": torch.ones(9, dtype=torch.int64)}})) == 8 * 3
+    assert csr_size(Message()) == 0

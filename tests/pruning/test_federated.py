@@ -18,7 +18,7 @@ from hansa.pruning import Snip, find_masks, scores, select
 from hansa.pruning.federated import pre_round
 from hansa.pruning.options import PruningOptions
 from hansa.pruning.select import count
-from support import FEATURES, clients, config, net, same
+from support import FEATURES, clients, config, made, net, same
 
 TRAINING = Training(lr=0.1, batch_size=3, epochs=2)
 
@@ -149,7 +149,7 @@ def test_every_method_trains_under_masks(name, kind) -> None:
     federation = Federation(
         model,
         data,
-        METHODS[name](),
+        made(name),
         training,
         engine=EngineOptions(kind=kind, workers=1, **stack),  # type: ignore[arg-type]
     )

@@ -41,6 +41,15 @@ def test_a_page_shows_the_run_s_numbers(tmp_path) -> None:
     assert run.checkpoint["data"][:16] in text
 
 
+def test_uploads_as_papers_count_them_are_shown_where_they_are_sparse(tmp_path) -> None:
+    assert "up as CSR" not in page_of(tmp_path, "fedavg", "fedselect")
+    model = {"options": {"hidden": [64, 64]}}
+    run = hansa.train(config(tmp_path, method={"name": "zerofl"}, rounds=1, model=model))
+    text = report([run]).read_text()
+    assert '<th scope="col">up as CSR</th>' in text
+    assert f"<td>{size(run.history.summary()['bytes']['csr'])}</td>" in text
+
+
 def test_clients_that_were_absent_are_counted(tmp_path) -> None:
     rules = {"fraction": 1.0, "failure_rate": 0.5}
     run = hansa.train(config(tmp_path, rounds=3, participation=rules))

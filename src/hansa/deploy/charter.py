@@ -61,7 +61,8 @@ class Charter:
         """
         model = build(self.architecture, self.config.seed)
         config = self.config
-        setup = Setup(Task(model), config.training, config.model.buffers, config.seed)
+        task = config.method.adapted(Task(model), config.training)
+        setup = Setup(task, config.training, config.model.buffers, config.seed)
         config.method.check(setup, self.depth)
         return setup
 

@@ -86,7 +86,8 @@ class Federation:
             if value not in allowed:
                 raise InputError(key, repr(value), " or ".join(allowed))
         check_model(model, clients)
-        self.setup = Setup(Task(model), training or Training(), buffers, seed)
+        training = training or Training()
+        self.setup = Setup(method.adapted(Task(model), training), training, buffers, seed)
         method.check(self.setup, self.tree.depth)
         check_batches(model, clients, self.setup.training.batch_size)
         _check_newcomers(participation or Participation(), self.tree)

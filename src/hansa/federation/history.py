@@ -22,7 +22,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("count", pa.float64()),
         ]
     ),
-    # One row per child asked: bytes as encoded, and the metrics of its local training.
+    # One row per child asked: bytes as encoded, those of its reply as papers on sparse training
+    # count them (csr), and the metrics of its local training.
     "ledger": pa.schema(
         [
             ("round", pa.int32()),
@@ -30,6 +31,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("fate", pa.string()),
             ("down", pa.int64()),
             ("up", pa.int64()),
+            ("csr", pa.int64()),
             ("simulated_seconds", pa.float64()),
             ("loss_sum", pa.float64()),
             ("accuracy_sum", pa.float64()),
@@ -72,7 +74,7 @@ def tables_of(result: RoundResult) -> dict[str, pa.Table]:
     for visit in result.visits:
         loss, count = visit.metrics.get("loss", (0.0, 0.0))
         accuracy, _ = visit.metrics.get("accuracy", (0.0, 0.0))
-        about = (visit.path, visit.fate, visit.down, visit.up, visit.seconds)
+        about = (visit.path, visit.fate, visit.down, visit.up, visit.csr, visit.seconds)
         ledger.append((result.number, *about, loss, accuracy, count, visit.error))
     rows: dict[str, list[tuple[Any, ...]]] = {
         "scores": scores,
@@ -163,7 +165,8 @@ class History:
         """Return the run in a few numbers: test scores over clients, bytes, speed.
 
         ``accuracy`` and ``loss`` are those of the last scored round; ``accuracy_chosen`` is that
-        of the round with the highest validation accuracy.
+        of the round with the highest validation accuracy. ``csr`` is the upload as
+        papers on sparse training count it (``wire.csr_size``).
         """
         metrics: dict[str, Any] = {}
         for metric in ("accuracy", "loss"):
@@ -178,7 +181,11 @@ class History:
         return {
             "rounds": self.num_rounds,
             "metrics": metrics,
-            "bytes": {"up": sum(up for up, _ in totals), "down": sum(down for _, down in totals)},
+            "bytes": {
+                "up": sum(up for up, _ in totals),
+                "down": sum(down for _, down in totals),
+                "csr": sum(self.table("ledger")["csr"].to_pylist()),
+            },
             "speed": self._speed(),
             "seconds": round(sum(self.table("rounds")["seconds"].to_pylist()), 3),
         }

@@ -14,7 +14,7 @@ import torch
 
 from hansa.data.clients import Client, Samples, Split
 from hansa.federation.message import Message, State, Tensors
-from hansa.federation.methods.base import Method, Work, training_metrics
+from hansa.federation.methods.base import Method, Work, scheduled, training_metrics
 from hansa.federation.node import Node, Setup
 from hansa.federation.tree import name_of
 from hansa.models.task import Batch
@@ -114,7 +114,7 @@ class Leaf:
             return self.method.model(self.setup, state)
         epochs = self.method.tune_epochs(self.setup)
         work = self.fit(node, self.method.tune(node, state), client, epochs)
-        return work["params"], work["buffers"]
+        return self.method.trained(self.setup, work)
 
     def onboard(self, job: Job, epochs: int) -> Newcomer:
         """Return what a newcomer is worth before and after its first local training.
@@ -129,7 +129,7 @@ class Leaf:
         tuned = method.scored == "tuned"
         work = (method.tune if tuned else method.begin)(node, state)
         work = self.fit(node, work, job.client, epochs)
-        model: tuple[Tensors, Tensors] = (work["params"], work["buffers"])
+        model = method.trained(self.setup, work)
         state, _ = method.end(node, state, work)
         if method.scored == "trained":
             model = method.model(self.setup, state)
@@ -165,6 +165,7 @@ class Leaf:
             DivergedError: the loss or the weights became infinite or NaN.
         """
         data = client.batch("train")
+        work = scheduled(node, work)
         with global_stream(self.seed, node.path, node.round, "training"):
             for stage, num in self.method.stages(node, work, epochs):
                 phases = self.method.phases(work, stage)
@@ -174,7 +175,7 @@ class Leaf:
                         for batch in _batches(data, order, self.setup.training.batch_size):
                             work = self.method.step(self.setup, work, batch, phase)
                 check_work(node, work)
-                work = self.method.after(node, work, stage)
+                work = scheduled(node, self.method.after(node, work, stage))
         return work
 
 

@@ -23,6 +23,10 @@ class Training(BaseModel):
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(0.1, gt=0, allow_inf_nan=False, strict=True)
     """Learning rate."""
+    lr_end: float | None = Field(None, gt=0, allow_inf_nan=False, strict=True)
+    """Learning rate of round ``lr_rounds``, to which it falls by one factor per round."""
+    lr_rounds: int | None = Field(None, ge=2, strict=True)
+    """Rounds in which it does so; from then on it stays at ``lr_end``."""
     momentum: float = Field(0.0, ge=0, lt=1, strict=True)
     """Momentum of SGD; reset at the start of every round, as all optimizer memory is."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, strict=True)
@@ -44,7 +48,21 @@ class Training(BaseModel):
             raise ValueError("momentum belongs to optimizer 'sgd'; Adam has betas")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas must lie in [0, 1)")
+        if (self.lr_end is None) != (self.lr_rounds is None):
+            raise ValueError("lr_end and lr_rounds go together")
         return self
+
+    def rate(self, number: int) -> float:
+        """Return the learning rate of a round t of T: lr (lr_end / lr)^((t - 1) / (T - 1)).
+
+        It is exactly ``lr`` in the first round, and exactly ``lr_end`` in the last one.
+        """
+        if self.lr_end is None or self.lr_rounds is None:
+            return self.lr
+        if number >= self.lr_rounds:
+            return self.lr_end
+        part = (max(number, 1) - 1) / (self.lr_rounds - 1)
+        return float(self.lr * (self.lr_end / self.lr) ** part)
 
     def memory(self, params: Tensors) -> Memory:
         """Return the optimizer's memory before its first step, by name of its part."""
@@ -59,6 +77,7 @@ class Training(BaseModel):
         memory: Mapping[str, Tensors],
         mask: Tensors | None = None,
         phase: str = "train",
+        rate: torch.Tensor | None = None,
     ) -> tuple[dict[str, torch.Tensor], Memory]:
         """Return parameters and memory after one step.
 
@@ -70,6 +89,7 @@ class Training(BaseModel):
             mask: name -> bool tensor, True where an entry may move; everything moves without one.
             phase: Adam's bias correction counts the steps of each phase apart, since an entry
                 that a phase masks does not live through its steps.
+            rate: the learning rate as a tensor, where it is not ``lr`` in every round.
         """
         if self.clip_norm is not None:
             gradients = _clipped(gradients, self.clip_norm)
@@ -81,7 +101,7 @@ class Training(BaseModel):
             held = {part: tensors[name] for part, tensors in memory.items() if name in tensors}
             counter = f"{phase}:{name}"
             step = new.get("steps", {}).get(counter, torch.zeros((), dtype=torch.float64)) + 1
-            value, after = self._step(params[name], gradient, held, step)
+            value, after = self._step(params[name], gradient, held, step, rate)
             if mask is not None:
                 free = mask[name]
                 value = torch.where(free, value, params[name])
@@ -94,22 +114,34 @@ class Training(BaseModel):
         return out, new
 
     def _step(
-        self, value: torch.Tensor, gradient: torch.Tensor, held: Tensors, step: torch.Tensor
+        self,
+        value: torch.Tensor,
+        gradient: torch.Tensor,
+        held: Tensors,
+        step: torch.Tensor,
+        rate: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        lr = self.lr if rate is None else rate.to(value.dtype)
         if self.optimizer == "adamw":
-            value = value * (1 - self.lr * self.weight_decay)
+            value = value * (1 - lr * self.weight_decay)
         elif self.weight_decay:
             gradient = gradient + self.weight_decay * value
         if self.optimizer == "sgd":
             if not self.momentum:
-                return torch.sub(value, gradient, alpha=self.lr), {}
+                return _minus(value, gradient, lr), {}
             momentum = torch.add(gradient, held["momentum"], alpha=self.momentum)
-            return torch.sub(value, momentum, alpha=self.lr), {"momentum": momentum}
+            return _minus(value, momentum, lr), {"momentum": momentum}
         first = self.betas[0] * held["first"] + (1 - self.betas[0]) * gradient
         second = self.betas[1] * held["second"] + (1 - self.betas[1]) * gradient**2
         unbiased = (second / (1 - self.betas[1] ** step)).sqrt() + self.epsilon
         change = first / (1 - self.betas[0] ** step) / unbiased
-        return value - self.lr * change, {"first": first, "second": second}
+        return value - lr * change, {"first": first, "second": second}
+
+
+def _minus(value: torch.Tensor, change: torch.Tensor, lr: float | torch.Tensor) -> torch.Tensor:
+    if isinstance(lr, torch.Tensor):
+        return value - lr * change
+    return torch.sub(value, change, alpha=lr)
 
 
 def _clipped(

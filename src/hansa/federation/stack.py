@@ -33,7 +33,7 @@ from hansa.federation.leaf import (
     check_work,
 )
 from hansa.federation.message import State, Tensors
-from hansa.federation.methods.base import Work
+from hansa.federation.methods.base import Work, scheduled
 from hansa.federation.node import Node, Setup
 from hansa.federation.optimizer import Training
 from hansa.federation.pool import Pool
@@ -115,6 +115,7 @@ class Stack:
 
     def fit(self, items: Sequence[Item], epochs: int) -> list[Work | DivergedError]:
         """Return the work of each item after all stages of its training, or its error."""
+        items = [replace(item, work=scheduled(item.node, item.work)) for item in items]
 
         def kind(item: Item) -> Hashable:
             stages = tuple(self.leaf.method.stages(item.node, item.work, epochs))
@@ -196,7 +197,7 @@ class Stack:
     def _after(self, node: Node, work: Work, stage: str, sound: bool) -> Work:
         if not sound:
             check_work(node, work)
-        return self.leaf.method.after(node, work, stage)
+        return scheduled(node, self.leaf.method.after(node, work, stage))
 
     def _epochs(
         self, items: list[Item], stage: str, num: int, phases: Sequence[str]
@@ -276,7 +277,7 @@ class Stack:
             for job, node, state in zip(jobs, nodes, states, strict=True)
         ]
         return [
-            work if isinstance(work, DivergedError) else (work["params"], work["buffers"])
+            work if isinstance(work, DivergedError) else method.trained(setup, work)
             for work in self.fit(items, method.tune_epochs(setup))
         ]
 

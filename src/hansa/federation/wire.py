@@ -88,6 +88,24 @@ def encoded_size(message: Message) -> int:
     return PREFIX.size + len(_header(message, parts)) + sum(part.size for part in parts)
 
 
+def csr_size(message: Message) -> int:
+    """Return the bytes of a message's values as papers on sparse training count them.
+
+    Compressed sparse rows of flattened tensors: a float32 value and an int32 index for each entry
+    that is not zero, or all entries as float32 where that is less. Buffers, truth values and
+    whatever stands around them are left out (Qiu et al., ICLR 2022, Table 1, count so).
+    """
+    tensors = [
+        tensor
+        for group, named in message.groups.items()
+        if group != "buffers"
+        for tensor in named.values()
+        if tensor.is_floating_point()
+    ]
+    filled = sum(int(tensor.count_nonzero()) for tensor in tensors)
+    return min(8 * filled, 4 * sum(tensor.numel() for tensor in tensors))
+
+
 def decode(data: bytes, max_bytes: int = MAX_BYTES) -> Message:
     """Return the message that the bytes hold.
 

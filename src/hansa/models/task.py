@@ -1,7 +1,7 @@
 """A task: a model and a loss as pure functions of parameters, buffers and a batch."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -49,6 +49,19 @@ class Task:
             for name, buffer in module.named_buffers()
         }
         self._aliases = _aliases(module)
+
+    def adapted(self, adapt: Callable[[nn.Module], nn.Module]) -> "Task":
+        """Return the task of another form of its module, under the same names and masks.
+
+        Args:
+            adapt: returns the module's other form; it must not change what it is given.
+        """
+        module = adapt(self.module)
+        if module is self.module:
+            return self
+        task = Task(module)
+        task.masks = self.masks  # taken off the module before it was adapted
+        return task
 
     def loss(
         self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True

@@ -51,7 +51,7 @@ def build(
     folder: Path = FOLDER,
     compiler: str | None = None,
     extra: Sequence[str] = (),
-    sets: Collection[str] = ("avx512", "avx2"),
+    sets: Collection[str] = ("portable", "avx2", "avx512"),
 ) -> Path:
     """Compile the kernels for every instruction set of this kind of processor.
 
@@ -59,7 +59,7 @@ def build(
         folder: where the library and its manifest go.
         compiler: the C++ compiler; by default the first that works.
         extra: further options, for all steps.
-        sets: instruction sets beside what every processor of the kind has.
+        sets: instruction sets, as far as this kind of processor has them.
 
     Returns:
         The library.
@@ -82,7 +82,8 @@ def build(
 def _build(folder: Path, compiler: str, extra: Sequence[str], wanted: Collection[str]) -> Path:
     sets: dict[str, tuple[str, ...]] = {"portable": ()}
     if platform.machine() in ("x86_64", "AMD64"):
-        sets |= {name: options for name, options in X86.items() if name in wanted}
+        sets |= X86
+    sets = {name: options for name, options in sets.items() if name in wanted}
     with tempfile.TemporaryDirectory() as work:
         objects = []
         for name, options in sets.items():

@@ -229,5 +229,6 @@ def _quantile(x: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
     if not _wrapped(density):
         return threshold(x, min(1 - float(density), 1 - 1 / x.numel()))
     ranked = x.detach().abs().flatten().sort().values
-    place = (x.numel() * (1 - density)).floor().long().clamp(0, x.numel() - 1)
-    return ranked.gather(0, place[None])[0]
+    kept = ((x.numel() * density * 1e6).round() / 1e6).ceil().long()  # as `count_kept` has it
+    least = ranked.gather(0, (x.numel() - kept).clamp(0, x.numel() - 1)[None])[0]
+    return torch.where(kept >= x.numel(), 0.0, least)

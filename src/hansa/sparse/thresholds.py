@@ -18,8 +18,10 @@ def count_kept(sparsity: float, numel: int) -> int:
 
 
 def threshold(x: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Return the scalar magnitude from which entries of a tensor are kept."""
+    """Return the scalar magnitude from which entries of a tensor are kept, 0 to keep all."""
     k, x = count_kept(sparsity, x.numel()), x.detach()
+    if k == x.numel():
+        return x.new_zeros(())
     if plain(x) and (found := kernels()):
         flat = x if x.is_contiguous() else x.movedim(0, -1)
         if flat.is_contiguous():

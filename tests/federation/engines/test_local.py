@@ -25,7 +25,7 @@ from hansa.federation.store import DiskStore
 from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import encode
 from hansa.models.task import Task
-from support import clients, engine, everything, net, run
+from support import clients, engine, everything, made, net, run
 
 HARD = Participation(fraction=0.7, failure_rate=0.2, deadline=0.7, speed_spread=0.7)
 
@@ -45,7 +45,7 @@ def build(method: Method, workers: int = 1, tree: Tree | None = None) -> LocalEn
 
 @pytest.mark.parametrize("name", ["fedselect", "fedavg-tuned"])
 def test_worker_processes_change_nothing(name: str) -> None:
-    method = METHODS[name]()
+    method = made(name)
     here, there = build(method), build(method, workers=4)
     assert everything(here, run(here, 4)) == everything(there, run(there, 4))
 
@@ -58,7 +58,7 @@ def test_worker_processes_change_nothing_on_a_deep_tree() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_order_of_work_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = METHODS[name]()
+    method = made(name)
     forward = build(method)
     expected = everything(forward, run(forward))
 
@@ -74,7 +74,7 @@ def test_the_order_of_work_changes_nothing(name: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_order_in_which_clients_are_named_changes_nothing(name: str) -> None:
-    method = METHODS[name]()
+    method = made(name)
     data = clients(4)
     shuffled = {key: data[key] for key in ("c2", "c0", "c3", "c1")}
     first, second = engine(method, data=data), engine(method, data=shuffled)
@@ -83,7 +83,7 @@ def test_the_order_in_which_clients_are_named_changes_nothing(name: str) -> None
 
 @pytest.mark.parametrize("name", METHODS)
 def test_states_on_disk_change_nothing(name: str, tmp_path) -> None:
-    method = METHODS[name]()
+    method = made(name)
     memory, disk = build(method), build(method)
     disk.store = DiskStore(tmp_path, cache_bytes=0)
     assert everything(memory, run(memory)) == everything(disk, run(disk))
@@ -286,7 +286,7 @@ def test_only_models_of_the_clients_own_are_compared() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_newcomer_is_scored_before_and_after_its_training(name: str) -> None:
-    federation = engine(METHODS[name](), data=clients(3))
+    federation = engine(made(name), data=clients(3))
     results = run(federation, 3)
     before = everything(federation, results)
     client = clients(4)["c3"]
@@ -296,8 +296,7 @@ def test_a_newcomer_is_scored_before_and_after_its_training(name: str) -> None:
     after = federation.setup.task.materialise(found.params, found.buffers)(inputs).argmax(1)
     assert found.after["accuracy"] == (int((after == labels).sum()), len(labels))
     # Before its training it is worth what it received: the common model as far as there is one.
-    root, initial = federation.state().group("model"), federation.setup.task.params
-    start = federation.setup.task.materialise({**initial, **root}, federation.setup.task.buffers)
+    start = federation.common()
     correct = int((start(inputs).argmax(1) == labels).sum())
     assert found.before["accuracy"] == (correct, len(labels))
 

@@ -31,7 +31,7 @@ from hansa.federation.methods.base import Method
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
 from hansa.federation.tree import Tree
-from support import clients, engine, everything, run, same
+from support import clients, engine, everything, made, run, same
 
 
 class Direct:
@@ -98,7 +98,7 @@ def late(answer: Answer) -> Answer:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("federations", [1, 2])
 def test_every_method_gives_the_local_engines_bits(name, federations, tmp_path) -> None:
-    method: Method = METHODS[name]()
+    method: Method = made(name)
     if method.max_depth and federations > 1:
         pytest.skip("not defined on a deeper tree")
     data = clients(4)

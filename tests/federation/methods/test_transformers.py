@@ -10,7 +10,7 @@ import hansa
 from hansa.data.clients import Client
 from hansa.federation.methods import METHODS
 from hansa.models.task import Task
-from support import engine, run, same
+from support import engine, made, run, same
 
 # peft asks a transformers model for an attribute under its older name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -115,7 +115,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_tied_and_idle_parameters_are_legal_in_every_method(name: str) -> None:
-    federation = engine(METHODS[name](), model=Tied(), data=texts())
+    federation = engine(made(name), model=Tied(), data=texts())
     run(federation, 2)
     assert Task(Tied()).params.keys() == {"embedding.weight", "idle"}
     for path in federation.tree.leaves():

@@ -31,6 +31,7 @@ class Visit:
         fate: ``ok``, ``late`` (past the deadline) or ``failed``.
         down: bytes of the message it was sent, as encoded; 0 for an empty one.
         up: bytes of its reply; 0 when none came or it was empty.
+        csr: bytes of its reply as papers on sparse training count them (``wire.csr_size``).
         seconds: simulated seconds of its local work; 0 at an inner node.
         metrics: metrics of its local training as (sum, count).
         error: why it failed, where that is known.
@@ -40,6 +41,7 @@ class Visit:
     fate: Fate
     down: int
     up: int = 0
+    csr: int = 0
     seconds: float = 0.0
     metrics: Metrics = field(default_factory=dict)
     error: str = ""

@@ -25,7 +25,7 @@ from hansa.federation.node import Child, Node, Setup
 from hansa.federation.participation import Participation
 from hansa.federation.stack import Stack
 from hansa.federation.tree import ROOT, Tree
-from hansa.federation.wire import encoded_size
+from hansa.federation.wire import csr_size, encoded_size
 
 T = TypeVar("T")
 WINDOW = 4
@@ -257,7 +257,8 @@ class LocalEngine(Engine):
             reply = self.method.reply(node, self.visit(node, received, visits))
             state, metrics = State(), {}
         up = encoded_size(reply)
-        return Visit(path, "ok", size, up, seconds, metrics), state, reply
+        visit = Visit(path, "ok", size, up, csr_size(reply), seconds, metrics)
+        return visit, state, reply
 
     def score(self, node: Node, state: State) -> Iterator[tuple[str, Scores]]:
         """Yield every leaf's scores, in path order."""

@@ -15,6 +15,9 @@ from hansa.federation.methods.local import LocalOnly
 from hansa.federation.methods.lotteryfl import LotteryFL
 from hansa.federation.methods.pfedme import PFedMe
 from hansa.federation.methods.scaffold import Scaffold
+from hansa.federation.methods.sparsyfed import SparsyFed
+from hansa.federation.methods.swat import Swat
+from hansa.federation.methods.zerofl import ZeroFL
 
 METHODS: dict[str, type[Method]] = {
     kind.name: kind
@@ -35,6 +38,9 @@ METHODS: dict[str, type[Method]] = {
         RandomMask,
         LeastChange,
         HeadMask,
+        Swat,
+        ZeroFL,
+        SparsyFed,
     )
 }
 
@@ -57,4 +63,7 @@ __all__ = [
     "PFedMe",
     "RandomMask",
     "Scaffold",
+    "SparsyFed",
+    "Swat",
+    "ZeroFL",
 ]

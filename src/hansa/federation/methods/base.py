@@ -16,16 +16,18 @@ its engine.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 
 from hansa.errors import InputError
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.node import Child, Node, Reply, Setup
-from hansa.models.task import Batch
+from hansa.federation.optimizer import Training
+from hansa.models.task import Batch, Task
 
 Work = dict[str, dict[str, torch.Tensor]]
 """What local training carries from batch to batch: named groups of tensors and nothing else, so
@@ -55,6 +57,14 @@ class Method(BaseModel, ABC):
     max_depth: ClassVar[int | None] = None
     masked: ClassVar[bool] = False
     """Whether clients hold masks, which ``buffers = "personal"`` needs."""
+
+    def adapt(self, model: nn.Module, training: Training) -> nn.Module:
+        """Return the form of a model that the method trains, with the same names; as it is."""
+        return model
+
+    def adapted(self, task: Task, training: Training) -> Task:
+        """Return the task that the method trains: that of the model's adapted form."""
+        return task.adapted(lambda module: self.adapt(module, training))
 
     def check(self, setup: Setup, depth: int) -> None:
         """Refuse a model or a tree on which the method is not defined.
@@ -149,6 +159,10 @@ class Method(BaseModel, ABC):
         params = {**setup.task.params, **state.group("model")}
         return params, {**setup.task.buffers, **state.group("buffers")}
 
+    def trained(self, setup: Setup, work: Work) -> tuple[Tensors, Tensors]:
+        """Return parameters and buffers of the model that work holds, as it is scored."""
+        return work["params"], work["buffers"]
+
     def tune_epochs(self, setup: Setup) -> int:
         """Return the epochs of fine-tuning before scoring, where ``scored`` is ``tuned``."""
         return setup.training.epochs
@@ -187,10 +201,24 @@ def train_step(
     )
     if pull is not None:
         gradients = {n: g if g is None else g + pull[n] for n, g in gradients.items()}
+    return moved(setup, work, gradients, buffers, metrics, phase, mask)
+
+
+def moved(
+    setup: Setup,
+    work: Work,
+    gradients: Mapping[str, torch.Tensor | None],
+    buffers: Tensors,
+    metrics: Tensors,
+    phase: str = "train",
+    mask: Tensors | None = None,
+) -> Work:
+    """Return the work after the optimizer's step along gradients; see ``train_step``."""
     memory = {key[7:]: group for key, group in work.items() if key.startswith("memory.")}
-    params, memory = setup.training.update(work["params"], gradients, memory, mask, phase)
+    rate = work.get("rate", {}).get("lr")
+    params, memory = setup.training.update(work["params"], gradients, memory, mask, phase, rate)
     sums = {name: total + metrics[name] for name, total in work["metrics"].items()}
-    after = {**work, "params": params, "buffers": buffers, "metrics": sums}
+    after: Work = {**work, "params": params, "buffers": dict(buffers), "metrics": sums}
     return after | {f"memory.{part}": group for part, group in memory.items()}
 
 
@@ -206,16 +234,27 @@ def begin_work(setup: Setup, params: Tensors, buffers: Tensors, **groups: Tensor
     return work | {name: dict(tensors) for name, tensors in groups.items()}
 
 
+def scheduled(node: Node, work: Work) -> Work:
+    """Return work that knows its round's learning rate, where that is not the same in all."""
+    training = node.setup.training
+    if training.lr_end is None:
+        return work
+    # A tensor of the work and no constant: one compiled step then serves all rounds.
+    rate = torch.tensor(training.rate(node.round), dtype=torch.float64)
+    return {**work, "rate": {"lr": rate}}
+
+
 def nested(work: Work, name: str) -> Work:
     """Return the work of a second model that stands inside ``work`` under ``NAME/...``."""
-    return {
+    inner = {
         key.removeprefix(f"{name}/"): w for key, w in work.items() if key.startswith(f"{name}/")
     }
+    return {**inner, "rate": work["rate"]} if "rate" in work else inner
 
 
 def nest(inner: Work, name: str) -> Work:
-    """Return work under names ``NAME/...``, to stand inside other work."""
-    return {f"{name}/{key}": group for key, group in inner.items()}
+    """Return work under names ``NAME/...``, to stand inside other work with its rate."""
+    return {f"{name}/{key}": group for key, group in inner.items() if key != "rate"}
 
 
 def training_metrics(work: Work) -> dict[str, tuple[float, float]]:

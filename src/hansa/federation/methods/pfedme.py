@@ -40,7 +40,8 @@ class PFedMe(FedAvg):
     def check(self, setup: Setup, depth: int) -> None:
         """Refuse learning rates with which the pull would overshoot."""
         super().check(setup, depth)
-        for key, rate in (("training.lr", setup.training.lr), ("method.local_lr", self.local_lr)):
+        rates = {"training.lr": setup.training.lr, "training.lr_end": setup.training.lr_end}
+        for key, rate in (rates | {"method.local_lr": self.local_lr}).items():
             if rate is not None and rate * self.lam > 1:
                 raise InputError(key, f"{rate} with method.lam = {self.lam}", "lr * lam <= 1")
 
@@ -56,8 +57,12 @@ class PFedMe(FedAvg):
         for _ in range(self.steps):
             pull = {name: self.lam * (p - w[name]) for name, p in theta["params"].items()}
             theta = train_step(setup, theta, batch, pull=pull)
-        pace = (self.local_lr or setup.training.lr) * self.lam
-        moved = {name: torch.lerp(p, theta["params"][name], pace) for name, p in w.items()}
+        moved = {}
+        for name, p in w.items():
+            pace: float | torch.Tensor = (self.local_lr or setup.training.lr) * self.lam
+            if self.local_lr is None and "rate" in work:
+                pace = work["rate"]["lr"].to(p.dtype) * self.lam
+            moved[name] = torch.lerp(p, theta["params"][name], pace)
         groups = {"params": moved, "buffers": theta["buffers"], "metrics": theta["metrics"]}
         return work | groups | nest(theta, "personal")
 

@@ -72,7 +72,7 @@ class Scaffold(FedAvg):
         start, common = state.group("model"), state.group("common")
         # c_k+ = c_k - c + (x - y_k) / (K * lr): the mean gradient over the K steps.
         change = {
-            name: (start[name] - p) / (steps * training.lr) - common[name]
+            name: (start[name] - p) / (steps * training.rate(node.round)) - common[name]
             for name, p in work["params"].items()
         }
         own = {name: c + change[name] for name, c in state.group("control").items()}

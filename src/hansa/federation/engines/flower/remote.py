@@ -27,6 +27,7 @@ from hansa.federation.node import Child, Node, Reply, Setup
 from hansa.federation.participation import Participation
 from hansa.federation.store import link_key
 from hansa.federation.tree import ROOT, Tree, name_of
+from hansa.federation.wire import csr_size
 
 _log = logging.getLogger("hansa.flower")
 _LARGEST = 8  # times the model that a reply may unfold to
@@ -200,7 +201,8 @@ class RemoteEngine(Engine):
                 if error.fate == "late" and ask.fate == "ok":
                     self._missed[ask.path] = ask.round
                 continue
-            visits.append(Visit(ask.path, "ok", ask.size, up, seconds, metrics))
+            csr = csr_size(reply)
+            visits.append(Visit(ask.path, "ok", ask.size, up, csr, seconds, metrics))
             if reply:
                 yield ask.path, reply
 

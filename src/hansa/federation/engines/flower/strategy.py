@@ -65,7 +65,8 @@ class HansaStrategy(Strategy):
         wait: float = 120.0,
     ) -> None:
         self.method, self.task = method, task
-        self.setup = Setup(task, training or Training(), buffers, seed)
+        training = training or Training()
+        self.setup = Setup(method.adapted(task, training), training, buffers, seed)
         method.check(self.setup, 1)
         self._participation, self._min_nodes, self._wait = participation, min_nodes, wait
         self._engine: RemoteEngine | None = None
@@ -241,7 +242,8 @@ def node_app(
         seed: the same as in ``strategy``.
         buffers: the same as in ``strategy``.
     """
-    setup = Setup(task, training or Training(), buffers, seed)
+    training = training or Training()
+    setup = Setup(method.adapted(task, training), training, buffers, seed)
     leaf = Leaf(method, setup, seed)
 
     def site(context: Context) -> Answering:
