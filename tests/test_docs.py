@@ -28,6 +28,13 @@ def test_code_in_the_readme_runs(code: str, tmp_path, monkeypatch, capsys) -> No
     assert "mean" in capsys.readouterr().out
 
 
+def test_code_about_sparse_training_runs(capsys) -> None:
+    (code,) = blocks(ROOT / "docs" / "sparse.md", "python")
+    exec(code, {})  # noqa: S102
+    assert any(word in capsys.readouterr().out for word in ("compiled kernels", "reference path"))
+
+
+
 def test_code_in_the_guide_to_pruning_runs(capsys) -> None:
     (code,) = blocks(ROOT / "docs" / "pruning.md", "python")
     exec(code, {})  # noqa: S102

@@ -35,4 +35,6 @@ from .prune import PrunedModel as PrunedModel
 from .prune import prune as prune
 from .report.comparison import Comparison as Comparison
 from .runs import Run as Run
+from .sparse.convert import SparseModel as SparseModel
+from .sparse.convert import sparsify as sparsify
 from .training import train as train

@@ -48,6 +48,9 @@ class Dirichlet(_Options):
     """Concentration: small is uneven, large is even."""
     min_samples: int = Field(10, ge=2, strict=True)
     """Fewest samples of a client; the draw is repeated, up to 100 times, until all have them."""
+    equal: bool = False
+    """Clients of equal size (but for one sample): each draws the classes of its samples from
+    proportions of its own, and from what is left once a class is used up."""
 
 
 class Group(_Options):
@@ -180,6 +183,8 @@ def _dirichlet(
             f"{options.min_samples} for {num_clients} clients",
             f"at most {len(labels) // num_clients}, as there are {len(labels)} samples",
         )
+    if options.equal:
+        return _equal_dirichlet(options.alpha, labels, num_clients, rng)
     for _ in range(DIRICHLET_TRIES):
         parts: list[list[Index]] = [[] for _ in range(num_clients)]
         for label in np.unique(labels):
@@ -197,6 +202,24 @@ def _dirichlet(
         f"{options.min_samples} of {len(labels)} samples",
         "a larger alpha, fewer clients or a smaller data.partition.min_samples",
     )
+
+
+def _equal_dirichlet(
+    alpha: float, labels: Index, num_clients: int, rng: np.random.Generator
+) -> list[Index]:
+    classes, counts = np.unique(labels, return_counts=True)
+    left = [list(rng.permutation(np.flatnonzero(labels == label))) for label in classes]
+    dealt = []
+    for size in (len(part) for part in np.array_split(labels, num_clients)):
+        # Proportions around those of all samples, as in section 3 of the paper.
+        shares = rng.dirichlet(alpha * len(classes) * counts / len(labels))
+        part = []
+        for _ in range(size):
+            open_ = np.array([bool(samples) for samples in left])
+            weights = np.where(open_, np.maximum(shares, 1e-12), 0.0)
+            part.append(left[rng.choice(len(classes), p=weights / weights.sum())].pop())
+        dealt.append(np.array(part, dtype=np.int64))
+    return dealt
 
 
 def _by_group(

@@ -80,6 +80,10 @@ class Chooser:
             return self._say(Plan(workers=self._workers(0.0)), "a short run")
         if options.kind == "sequential":
             return self._say(self._alone(), "as configured")
+        if options.kind == "auto" and self._is_exact:
+            method = self._engine.method
+            if why := method.one_by_one(self._engine.setup):
+                return self._say(self._alone(), why)
         plan, failure = self._fitting()
         if failure:
             _log.warning("clients are trained one by one: %s", failure)

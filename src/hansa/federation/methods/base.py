@@ -118,6 +118,10 @@ class Method(BaseModel, ABC):
         """Return the round whose order of samples a leaf takes; its own by default."""
         return node.round
 
+    def one_by_one(self, setup: Setup) -> str:
+        """Return why clients are best trained one at a time, nothing where stacks may be faster."""
+        return ""
+
     def passes(self, setup: Setup) -> int:
         """Return the passes over its data that a round costs a client, at most."""
         return setup.training.epochs

@@ -23,6 +23,7 @@ from hansa.federation.optimizer import Training
 from hansa.federation.server import ServerOptimizer
 from hansa.federation.tree import ROOT
 from hansa.sparse.convert import SparseModel
+from hansa.sparse.kernels import kernels
 
 
 class SparseTraining(FedAvg):
@@ -66,6 +67,13 @@ class SparseTraining(FedAvg):
         super().check(setup, depth)
         if not isinstance(setup.task.module, SparseModel):
             raise InputError("task", "a dense model", f"{type(self).__name__}().adapted(task, ...)")
+
+    def one_by_one(self, setup: Setup) -> str:
+        """Return why: the kernels know nothing of stacks."""
+        if self.path == "reference" or kernels() is None:
+            return ""
+        exact = all(setup.task.params[name].dtype is torch.float32 for name in self.weights(setup))
+        return "compiled kernels of sparse layers" if exact else ""
 
     def weights(self, setup: Setup) -> tuple[str, ...]:
         """Return the names of the parameters that are weights of sparse layers."""

@@ -1,0 +1,360 @@
+"""How much faster sparse training is than the best dense training in PyTorch, and what it costs.
+
+Layers: convolutions and a linear layer, forward and backward, at several sparsities, against
+PyTorch's best dense form (contiguous or channels-last) in float32, and in bfloat16; PyTorch's own
+sparse formats beside them, with the rearranging that a convolution needs (im2col) given for free.
+Step: one whole training step of ResNet-18 (BatchNorm, 32 pixels, batch 32: forward, loss, backward,
+SGD), with all layers on the kernels, and with the automatic choice. Run: one federated run of
+``zerofl`` at 95 % against ``fedavg`` of the same model and schedule, end to end. With ``--data``
+also accuracy, by ``sparse_accuracy.py``.
+
+All that is compared takes turns within one process; a figure is a ratio of medians. Every number of
+threads has a process of its own, since PyTorch does not take a new number up reliably. Energy is
+read where the system has counters (powercap).
+
+    python benchmarks/sparse_training.py [--quick] [--json] [--threads 1,2]
+        [--only layers,step,run,accuracy] [--data PATTERN]
+
+The object that ``--json`` prints has ``step_speedup``: sparsity -> whole step of ResNet-18 of width
+64, one thread, automatic choice, over the best dense float32.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hansa
+from hansa.data.clients import Client
+from hansa.federation.engines.plan import EngineOptions
+from hansa.federation.methods import FedAvg, Method
+from hansa.federation.methods.zerofl import ZeroFL
+from hansa.federation.optimizer import Training
+from hansa.models.images import ResNet18
+from hansa.sparse.convert import sparsify
+from hansa.sparse.convolution import Convolution, Geometry
+from hansa.sparse.functions import Compiled
+from hansa.sparse.kernels import find
+from hansa.sparse.layout import logical
+
+SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
+LAYERS = {
+    "conv 64->64, 16x16": Geometry(64, 16, 16, 64, (3, 3), (1, 1), (1, 1)),
+    "conv 64->64, 32x32": Geometry(64, 32, 32, 64, (3, 3), (1, 1), (1, 1)),
+    "conv 64->128, 32x32, stride 2": Geometry(64, 32, 32, 128, (3, 3), (2, 2), (1, 1)),
+    "conv 256->256, 8x8": Geometry(256, 8, 8, 256, (3, 3), (1, 1), (1, 1)),
+    "conv 512->512, 4x4": Geometry(512, 4, 4, 512, (3, 3), (1, 1), (1, 1)),
+    "linear 1024->1024": Geometry(1024, 1, 1, 1024),
+}
+BATCH = 32
+Calls = Mapping[str, Callable[[], object]]
+
+
+def medians(calls: Calls, turns: int) -> dict[str, float]:
+    """Return the median milliseconds of each call; they take turns, the first is not counted."""
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                took[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in took.items()}
+
+
+def layers(turns: int) -> dict[str, Any]:
+    """Return layer -> sparsity -> dense over sparse, forward and backward together."""
+    result: dict[str, Any] = {}
+    for name, g in LAYERS.items():
+        random = torch.Generator().manual_seed(0)
+        linear = g.height == 1
+        batch = 64 if linear else BATCH
+        x = torch.randn(batch, g.inputs, g.height, g.width, generator=random).relu_()
+        weight = torch.randn(g.outputs, g.inputs, *g.kernel, generator=random)
+        d = torch.randn(batch, g.outputs, *g.out, generator=random)
+        result[name] = {}
+        for sparsity in SPARSITIES:
+            calls = _dense(g, x, weight, d, linear) | _sparse(g, x, weight, d, sparsity, linear)
+            took = medians(calls, turns)
+            dense = min(took["dense"], took["dense, channels last"])
+            ratios = {key: dense / value for key, value in took.items() if key != "dense"}
+            ratios.pop("dense, channels last")
+            result[name][f"{sparsity:g}"] = {"dense_ms": dense, **ratios}
+    return result
+
+
+def _dense(
+    g: Geometry, x: torch.Tensor, weight: torch.Tensor, d: torch.Tensor, linear: bool
+) -> dict[str, Callable[[], object]]:
+    def passes(x: torch.Tensor, weight: torch.Tensor, d: torch.Tensor) -> Callable[[], object]:
+        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+
+        def call() -> object:
+            y = F.linear(x, weight) if linear else F.conv2d(x, weight, None, g.stride, g.padding)
+            return torch.autograd.grad(y, (x, weight), d)
+
+        return call
+
+    if linear:
+        x, weight, d = last = x.flatten(1), weight.flatten(1), d.flatten(1)
+    else:
+        last = _last(x), _last(weight), _last(d)
+    low = last[0].bfloat16(), last[1].bfloat16(), last[2].bfloat16()
+    return {
+        "dense": passes(x, weight, d),
+        "dense, channels last": passes(*last),
+        "dense, bfloat16": passes(*low),
+    }
+
+
+def _last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _sparse(
+    g: Geometry,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    d: torch.Tensor,
+    sparsity: float,
+    linear: bool,
+) -> dict[str, Callable[[], object]]:
+    least_weight = float(weight.abs().flatten().kthvalue(int(weight.numel() * sparsity)).values)
+    least_input = float(x.flatten().sort().values[int(x.numel() * sparsity)])
+    lists = Convolution(g, len(x))
+    inner, inner_d = (logical(t.movedim(0, -1).contiguous()) for t in (x, d))
+    dense_weight = weight
+    if linear:
+        inner, inner_d, dense_weight = inner.flatten(1), inner_d.flatten(1), weight.flatten(1)
+    inner.requires_grad_()
+    dense_weight = dense_weight.detach().requires_grad_()
+
+    def passes(fixed: bool) -> Callable[[], object]:
+        def call() -> object:
+            y = Compiled.apply(inner, dense_weight, None, least_weight, least_input, lists, fixed)
+            return torch.autograd.grad(y, (inner, dense_weight), inner_d)
+
+        return call
+
+    return {
+        "sparse": passes(False),
+        "sparse, fixed mask": passes(True),
+        **_formats(g, x, weight, d, sparsity, linear),
+    }
+
+
+def _formats(
+    g: Geometry,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    d: torch.Tensor,
+    sparsity: float,
+    linear: bool,
+) -> dict[str, Callable[[], object]]:
+    """Return the same products in PyTorch's sparse formats, columns of the images given."""
+    if linear:
+        columns = x.flatten(1).t().contiguous()
+    elif g.stride == (1, 1):
+        unfolded = F.unfold(x, g.kernel, padding=g.padding)
+        columns = unfolded.transpose(0, 1).flatten(1).contiguous()
+    else:
+        return {}
+    matrix, gradient = weight.flatten(1), d.transpose(0, 1).flatten(1).contiguous()
+    least = matrix.abs().flatten().kthvalue(int(matrix.numel() * sparsity)).values
+    used = torch.where(matrix.abs() >= least, matrix, 0.0)
+    rows, turned = used.to_sparse_csr(), used.t().contiguous().to_sparse_csr()
+    side = 16
+    blocks = torch.rand(matrix.shape[0] // side, matrix.shape[1] // side) >= sparsity
+    spread = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    blocked = torch.where(spread, matrix, 0.0).to_sparse_bsr((side, side))
+
+    def csr() -> object:
+        torch.sparse.mm(rows, columns)
+        torch.sparse.mm(turned, gradient)
+        return torch.sparse.sampled_addmm(rows, gradient, columns.t(), beta=0.0)
+
+    return {"torch CSR": csr, "torch BSR 16x16, forward only": lambda: blocked @ columns}
+
+
+def step(width: int, turns: int, sparsities: tuple[float, ...]) -> dict[str, Any]:
+    """Return the whole step of ResNet-18: what is compared -> dense float32 over it."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(BATCH, 3, 32, 32, generator=random)
+    labels = torch.randint(0, 10, (BATCH,), generator=random)
+    torch.manual_seed(0)
+    base = ResNet18((3, 32, 32), 10, width=width, norm="batch")
+    turned = _last(x)
+
+    def train(model: nn.Module, x: torch.Tensor = x, low: bool = False) -> Callable[[], object]:
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+        def call() -> object:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                loss = F.cross_entropy(model(x), labels)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return call
+
+    calls = {
+        "dense": train(copy.deepcopy(base)),
+        "dense, channels last": train(_turned(base), turned),
+        "dense, bfloat16": train(_turned(base), turned, True),
+    }
+    for sparsity in sparsities:
+        for path in ("kernels", "auto"):
+            calls[f"{path} {sparsity:g}"] = train(sparsify(base, sparsity, path=path))
+        if sparsity >= 0.9:
+            fixed = sparsify(base, sparsity, path="kernels", fixed=True)
+            calls[f"fixed mask {sparsity:g}"] = train(fixed)
+    took = medians(calls, turns)
+    dense = min(took["dense"], took["dense, channels last"])
+    return {"dense_ms": dense, **{key: dense / value for key, value in took.items()}}
+
+
+def _turned(model: nn.Module) -> nn.Module:
+    """Return a copy whose weights lie channels last."""
+    copied: Any = copy.deepcopy(model)
+    turned: nn.Module = copied.to(memory_format=torch.channels_last)
+    return turned
+
+
+def run(rounds: int) -> dict[str, Any]:
+    """Return seconds of a federated run of ZeroFL and of FedAvg, same model, data and schedule."""
+    random = torch.Generator().manual_seed(0)
+    clients = {
+        f"client-{k}": Client.of(
+            train=(torch.randn(128, 3, 32, 32, generator=random), torch.arange(128) % 10),
+            test=(torch.randn(16, 3, 32, 32, generator=random), torch.arange(16) % 10),
+        )
+        for k in range(2)
+    }
+    methods: dict[str, Method] = {"fedavg": FedAvg(), "zerofl": ZeroFL(sparsity=0.95)}
+    took: dict[str, list[float]] = {name: [] for name in methods}
+    training = Training(lr=0.05, batch_size=BATCH, epochs=1)
+    for turn in range(rounds + 1):
+        for name, method in methods.items():
+            torch.manual_seed(0)
+            model = ResNet18((3, 32, 32), 10)
+            engine = EngineOptions(kind="sequential")
+            federation = hansa.Federation(model, clients, method, training, engine=engine)
+            start = time.perf_counter()
+            federation.run(1, score_every=0)
+            if turn:  # the first turn also times layers
+                took[name].append(time.perf_counter() - start)
+    seconds = {name: statistics.median(values) for name, values in took.items()}
+    return {**seconds, "speedup": seconds["fedavg"] / seconds["zerofl"]}
+
+
+def _energy() -> int | None:
+    """Return microjoules that the processor has used so far, where the system counts them."""
+    counters = Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj")
+    try:
+        return sum(int(path.read_text()) for path in counters) or None
+    except OSError:
+        return None
+
+
+def measure(only: list[str], quick: bool, threads: int) -> dict[str, Any]:
+    """Return what was asked for, in this process."""
+    torch.set_num_threads(threads)
+    turns = 3 if quick else 9
+    before, result = _energy(), dict[str, Any]()
+    if "layers" in only:
+        result["layers"] = layers(turns)
+    if "step" in only:
+        sparsities = (0.5, 0.9, 0.95) if quick else SPARSITIES
+        widths = (64,) if quick else (64, 32)
+        result["step"] = {str(width): step(width, turns, sparsities) for width in widths}
+    if "run" in only and threads == 1:
+        result["run"] = run(2 if quick else 5)
+    after = _energy()
+    if before is not None and after is not None:
+        result["joules"] = (after - before) / 1e6
+    return result
+
+
+def show(threads: str, result: Mapping[str, Any]) -> None:
+    """Print tables: how many times faster than dense float32 each way is."""
+    print(f"\n# {threads} thread(s)")
+    for name, by_sparsity in result.get("layers", {}).items():
+        first = next(iter(by_sparsity.values()))
+        columns = [key for key in first if key != "dense_ms"]
+        print(f"\n{name}: dense float32 {first['dense_ms']:.2f} ms\n")
+        print("| sparsity | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+        for sparsity, row in by_sparsity.items():
+            print(f"| {sparsity} | " + " | ".join(f"{row[key]:.2f}" for key in columns) + " |")
+    for width, row in result.get("step", {}).items():
+        print(f"\nstep of ResNet-18, width {width}: dense float32 {row['dense_ms']:.0f} ms\n")
+        print("| | times as fast |\n|---|---|")
+        for key, value in row.items():
+            if key != "dense_ms":
+                print(f"| {key} | {value:.2f} |")
+    if found := result.get("run"):
+        print("\nfederated run of ResNet-18, width 64, 95 %: one round, seconds\n")
+        print("| fedavg | zerofl | times as fast |\n|---|---|---|")
+        print(f"| {found['fedavg']:.2f} | {found['zerofl']:.2f} | {found['speedup']:.2f} |")
+    if "joules" in result:
+        print(f"\nenergy of all that: {result['joules']:.0f} J")
+
+
+def main() -> None:
+    """Measure in one process per number of threads, and print tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer turns, sparsities and widths")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--threads", default="1,2", help="numbers of threads, one after the other")
+    parser.add_argument("--only", default="layers,step,run,accuracy", help="what to measure")
+    parser.add_argument("--data", help="pattern of CIFAR-10's Parquet files, for accuracy")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    only = options.only.split(",")
+    if unknown := [each for each in only if each not in ("layers", "step", "run", "accuracy")]:
+        parser.error(f"--only: found {unknown[0]!r}; allowed: layers, step, run, accuracy")
+    library, why = find()
+    if library is None:
+        parser.error(f"there are no compiled kernels to measure: {why}")
+    if options.child:
+        print(json.dumps(measure(only, options.quick, options.child)))
+        return
+    results: dict[str, Any] = {}
+    for threads in options.threads.split(",") if set(only) - {"accuracy"} else ():
+        command = [sys.executable, __file__, "--child", threads, "--only", options.only]
+        command += ["--quick"] if options.quick else []
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        child = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
+        results[threads] = json.loads(child.stdout.splitlines()[-1])
+        show(threads, results[threads])
+    summary: dict[str, Any] = {"threads": results, "kernels": library.isa}
+    if options.data and "accuracy" in only:
+        import sparse_accuracy
+
+        rows = sparse_accuracy.measure(options.data, "runs/sparse-accuracy", options.quick, 2)
+        sparse_accuracy.show(rows)
+        summary["accuracy"] = rows
+    wide = results.get("1", {}).get("step", {}).get("64", {})
+    summary["step_speedup"] = {
+        key.removeprefix("auto "): value for key, value in wide.items() if key.startswith("auto ")
+    }
+    if options.json:
+        print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
