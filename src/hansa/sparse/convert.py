@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ def sparsify(
     fixed: bool = False,
     path: Path = "auto",
     batch_size: int = 32,
+    fuse: bool = True,
 ) -> "SparseModel":
     """Return a copy of a model whose convolutions and linear layers train sparsely.
 
@@ -58,16 +59,23 @@ def sparsify(
             what is out can only come back when others shrink below it.
         path: ``kernels`` or ``reference``, or ``auto``, which times each layer once.
         batch_size: the batch that layers are timed with.
+        fuse: whether the model's steps are traced once for each mode of its layers, for
+            normalisation to take residual and ReLU along. Not for a model whose own code does
+            something else from call to call with the same modes.
 
     Raises:
         InputError: a share outside of [0, 1), a pattern that fits no layer, one that fits a layer
             of another kind, or ``kernels`` where there are none.
     """
     for key, share in (("sparsity", sparsity), ("inputs", inputs)):
-        if share is not None and not 0 <= share < 1:
-            raise InputError(key, share, "a share from 0 up to, but not including, 1")
-    if refresh < 1:
-        raise InputError("refresh", refresh, "at least 1 step")
+        is_share = isinstance(share, float | int) and 0 <= share < 1
+        if share is not None and not is_share:
+            raise InputError(key, repr(share), "a share from 0 up to, but not including, 1")
+    for key, count in (("refresh", refresh), ("batch_size", batch_size)):
+        if not isinstance(count, int) or count < 1:
+            raise InputError(key, repr(count), "a whole number from 1 on")
+    if path not in get_args(Path):
+        raise InputError("path", repr(path), ", ".join(get_args(Path)))
     if path == "kernels" and kernels() is None:
         raise InputError("path", f"'kernels' ({find()[1]})", "auto or reference")
     names = chosen(model, sparse)
@@ -81,7 +89,7 @@ def sparsify(
             _turn(module, DenseConv2d).rule = rule
         elif type(module) in _KINDS:
             _turn(module, _KINDS[type(module)])
-    return SparseModel(model, rule, batch_size)
+    return SparseModel(model, rule, batch_size, fuse)
 
 
 def chosen(model: nn.Module, patterns: Iterable[str] | None = None) -> tuple[str, ...]:
@@ -93,8 +101,9 @@ def chosen(model: nn.Module, patterns: Iterable[str] | None = None) -> tuple[str
     """
     able = {name: m for name, m in model.named_modules() if _is_able(m)}
     if patterns is None:
-        within = list(able)[1:-1]
-        found = [n for n in within if not _is_pointwise(able[n])]
+        kinds = (nn.Conv2d, nn.Linear)
+        within = [name for name, m in model.named_modules() if isinstance(m, kinds)][1:-1]
+        found = [n for n in within if n in able and not _is_pointwise(able[n])]
         if not found:
             raise InputError(
                 "model", "no layer to sparsify", "layers between the first and the last one"
@@ -129,19 +138,20 @@ class SparseModel(nn.Module):
         model: what ``sparsify`` made; its layers are shared, not copied.
         rule: what its sparse layers share.
         batch_size: the batch that layers are timed with.
+        fuse: whether its steps are traced.
     """
 
     plain: nn.Module
 
-    def __init__(self, model: nn.Module, rule: Rule, batch_size: int) -> None:
+    def __init__(self, model: nn.Module, rule: Rule, batch_size: int, fuse: bool = True) -> None:
         super().__init__()
         # The model's own tables: parameters go by the names that they have there.
         for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[table] = model.__dict__[table]
         self.__dict__["plain"] = model  # hidden: its layers are this module's own
-        self.rule, self.batch_size = rule, batch_size
+        self.rule, self.batch_size, self.fuse = rule, batch_size, fuse
         self.training = model.training
-        self._steps: dict[bool, Steps | None] = {}
+        self._steps: dict[tuple[bool, ...], Steps | None] = {}
         self._decided = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,7 +160,7 @@ class SparseModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparseModel":
         model, rule = copy.deepcopy((self.plain, self.rule), memo)
-        twin = SparseModel(model, rule, self.batch_size)
+        twin = SparseModel(model, rule, self.batch_size, self.fuse)
         twin._decided = self._decided
         return twin
 
@@ -160,12 +170,12 @@ class SparseModel(nn.Module):
         self.plain.train(mode)
         return self
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         """Return what the model returns."""
-        if self.training and not self._decided:
-            self.decide(inputs)
-        output: torch.Tensor = self._runner()(inputs)
-        return output
+        alone = len(inputs) == 1 and not options and isinstance(inputs[0], torch.Tensor)
+        if alone and self.training and not self._decided:
+            self.decide(inputs[0])
+        return (self._runner() if alone else self.plain)(*inputs, **options)
 
     @property
     def sparse_layers(self) -> dict[str, SparseConv2d | SparseLinear]:
@@ -187,7 +197,7 @@ class SparseModel(nn.Module):
         if found is None:
             return f"reference path ({why})"
         if not self._decided:
-            return f"compiled kernels ({found.isa}), {self.rule.path}"
+            return f"undecided until its first batch of float32 (kernels: {found.isa})"
         count = sum(self.rule.compiled.values())
         return f"compiled kernels ({found.isa}) in {count} of {len(self.sparse_layers)} layers"
 
@@ -198,13 +208,12 @@ class SparseModel(nn.Module):
         Args:
             inputs: any batch of them; only their shape counts.
         """
+        if kernels() is None or self.rule.path == "reference":
+            self._decided = True
+            return
+        if not (plain(inputs) and inputs.numel()):  # others may come
+            return
         self._decided = True
-        found = kernels()
-        if found is None or self.rule.path == "reference":
-            return
-        if not plain(inputs):  # other inputs may come
-            self._decided = False
-            return
         shapes = self._shapes(inputs)
         for name, x in shapes.items():
             layer = self.sparse_layers[name]
@@ -233,11 +242,15 @@ class SparseModel(nn.Module):
 
         layers = self.sparse_layers.items()
         hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers]
+        modes = {module: module.training for module in (self, *self.plain.modules())}
         self.eval()
         try:
             self.plain(torch.zeros_like(inputs[:1]))
+        except Exception:  # inputs of another kind: what cannot be looked at stays as it is
+            seen.clear()
         finally:
-            self.train()
+            for module, mode in modes.items():
+                module.training = mode
             for hook in hooks:
                 hook.remove()
         return seen
@@ -245,10 +258,11 @@ class SparseModel(nn.Module):
     def _runner(self) -> nn.Module | Any:
         if not any(self.rule.compiled.values()):
             return self.plain
-        if self.training not in self._steps:
-            graph = fused(self.plain)
-            self._steps[self.training] = None if graph is None else Steps(self.plain, graph)
-        steps = self._steps[self.training]
+        modes = tuple(module.training for module in self.plain.modules())
+        if modes not in self._steps:
+            graph = fused(self.plain) if self.fuse else None
+            self._steps[modes] = None if graph is None else Steps(self.plain, graph)
+        steps = self._steps[modes]
         return self.plain if steps is None else steps.run
 
 

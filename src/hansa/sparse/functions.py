@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hansa.sparse.convolution import Convolution, Geometry
-from hansa.sparse.layout import inner_base, logical
-from hansa.sparse.thresholds import keep
+from hansa.sparse.layout import inner_base, logical, unaliased
+from hansa.sparse.thresholds import pruned
 
 Pair = tuple[int, int]
 
@@ -51,11 +51,14 @@ class Reference(torch.autograd.Function):
         fixed: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the output, and what is kept of inputs and weight."""
-        used = torch.where(keep(weight, least_weight), weight, 0.0)
-        held = x.clone() if fixed else torch.where(keep(x, least_input), x, 0.0)
+        used = pruned(weight, least_weight)
+        held = x.clone() if fixed else pruned(x, least_input)
         if shape is None:
             return F.linear(x, used, bias), held, used
-        return F.conv2d(x, used, bias, *_arguments(shape)), held, used
+        y = F.conv2d(x, used, None, *_arguments(shape))
+        if bias is not None:  # apart: under `vmap` autocast forgets it
+            y = y + bias.to(y.dtype)[:, None, None]
+        return y, held, used
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -69,6 +72,10 @@ class Reference(torch.autograd.Function):
     def backward(ctx: Any, d: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of inputs, weight and bias."""
         held, used = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch._C._functorch.is_functorch_wrapped_tensor(d):
+            raise RuntimeError("a sparse layer cannot be differentiated twice")
+        types = held.dtype, used.dtype
+        held, used = held.to(d.dtype), used.to(d.dtype)  # which autocast may have lowered
         s: Shape | None = ctx.shape
         if s is None:
             dx, dw = d @ used, d.flatten(0, -2).t() @ held.flatten(0, -2)
@@ -79,7 +86,8 @@ class Reference(torch.autograd.Function):
             )
         if ctx.fixed:
             dw = torch.where(used != 0, dw, 0.0)
-        return dx, dw, _bias_gradient(d, s) if ctx.biased else None, None, None, None, None
+        db = _bias_gradient(d, s).to(types[1]) if ctx.biased else None
+        return dx.to(types[0]), dw.to(types[1]), db, None, None, None, None
 
 
 def reference(
@@ -120,7 +128,7 @@ class Compiled(torch.autograd.Function):
         ctx.save_for_backward(held, weight)
         ctx.least, ctx.lists, ctx.fixed = (least_weight, least_input), lists, fixed
         ctx.biased = bias is not None
-        return logical(y) if x.dim() == 4 else logical(y.view(len(weight), -1))
+        return unaliased(y) if x.dim() == 4 else unaliased(y.view(len(weight), -1))
 
     @staticmethod
     @once_differentiable

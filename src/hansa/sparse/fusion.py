@@ -28,15 +28,30 @@ def fused(model: nn.Module) -> fx.Graph | None:
     Args:
         model: one whose normalisation layers are ``hansa.sparse.norm``'s.
     """
+    kinds = dict(model.named_modules())
+    if any(map(_is_more_than_its_steps, kinds.values())):
+        return None
+    before = {name: dict(module.__dict__) for name, module in kinds.items()}
     try:
         graph = _Tracer().trace(model)
     except Exception:  # a model's own code may fail on a tracer in any way
         return None
-    kinds = dict(model.named_modules())
+    finally:
+        changed = False
+        for name, module in kinds.items():
+            if module.__dict__.keys() != before[name].keys() or any(
+                value is not before[name][key] for key, value in module.__dict__.items()
+            ):
+                # It keeps something of its inputs, or draws tensors, which a trace would freeze.
+                changed = True
+                module.__dict__.clear()
+                module.__dict__.update(before[name])
+    if changed:
+        return None
     for node in list(graph.nodes):
         if node.op == "call_module" and isinstance(kinds[node.target], BatchNorm2d | GroupNorm):
             _take_along(graph, node, kinds)
-        elif node.op == "call_function" and node.target in _POOL:
+        elif node.op == "call_function" and node.target in _POOL and node.args:
             node.args = (node.target, *node.args)
             node.target = pool
     graph.lint()
@@ -48,7 +63,8 @@ def _take_along(graph: fx.Graph, norm: fx.Node, kinds: dict[str, nn.Module]) -> 
     user = _only_user(norm)
     if user is not None and _is_sum(user):
         (residual,) = [each for each in user.args if each is not norm] or [None]
-        if isinstance(residual, fx.Node):
+        own = user.target is not operator.iadd or user.args[0] is norm
+        if isinstance(residual, fx.Node) and own:
             last = user
         else:
             residual = None
@@ -66,6 +82,14 @@ def _take_along(graph: fx.Graph, norm: fx.Node, kinds: dict[str, nn.Module]) -> 
         graph.erase_node(last)
         last = before
     graph.erase_node(norm)
+
+
+def _is_more_than_its_steps(module: nn.Module) -> bool:
+    """Tell whether a module has hooks, or code that draws with Python: a trace would lose both."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return True
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and any("random" in name for name in code.co_names)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

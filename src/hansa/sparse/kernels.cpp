@@ -70,7 +70,8 @@ typedef int32_t ints __attribute__((vector_size(V * 4)));
 INLINE vec load(const float *p) { return *reinterpret_cast<const loose *>(p); }
 INLINE void store(float *p, vec v) { *reinterpret_cast<loose *>(p) = v; }
 INLINE vec all(float x) { return x - vec{}; }
-INLINE vec positive(vec y, vec d) { return y > vec{} ? d : vec{}; }
+// What is no number passes, as through PyTorch's ReLU.
+INLINE vec positive(vec y, vec d) { return y <= vec{} ? vec{} : d; }
 INLINE float sum(vec v) {
     float total = 0;
     for (int i = 0; i < V; i++) total += v[i];
@@ -787,7 +788,7 @@ INLINE void put(float *p, float v) { *p = v; }
 template <class T> INLINE T fill(float x);
 template <> INLINE vec fill<vec>(float x) { return all(x); }
 template <> INLINE float fill<float>(float x) { return x; }
-INLINE float positive(float y, float d) { return y > 0 ? d : 0; }
+INLINE float positive(float y, float d) { return y <= 0 ? 0 : d; }
 INLINE float sum(float v) { return v; }
 INLINE vec drop(vec v, int count) { return without_first(v, count); }
 INLINE float drop(float v, int) { return v; }

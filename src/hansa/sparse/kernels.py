@@ -16,6 +16,10 @@ from hansa.sparse import build
 
 _RESULTS = {"pattern": ctypes.c_long, "gradient": ctypes.c_long, "kth": ctypes.c_float}
 _DTYPES = (torch.float32, torch.int32)
+_NAMES = (
+    *("convolve", "sample", "gradient", "pattern", "interleave", "transpose", "kth", "prune"),
+    *("batch_norm", "batch_norm_back", "group_norm", "group_norm_back"),
+)
 Argument = torch.Tensor | int | float | None
 
 
@@ -107,7 +111,10 @@ def _load(path: Path) -> Kernels:
         raise ValueError("not the file that its manifest tells of; build it again")
     if manifest["source"] != build.digest(build.SOURCE):
         raise ValueError("built from another source; build it again")
-    return Kernels(path, _isa(manifest["sets"]), ctypes.CDLL(str(path)))
+    library, isa = ctypes.CDLL(str(path)), _isa(manifest["sets"])
+    if missing := [name for name in _NAMES if not hasattr(library, f"hansa_{name}_{isa}")]:
+        raise ValueError(f"no kernel {missing[0]!r} for {isa}")
+    return Kernels(path, isa, library)
 
 
 def _isa(sets: list[str]) -> str:

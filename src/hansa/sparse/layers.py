@@ -97,6 +97,9 @@ class _Sparse(nn.Module):
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output in training."""
+        if x.dim() == (1 if self.shape is None else 3):  # one sample without a batch
+            single: torch.Tensor = self._run(x[None])[0]
+            return single
         least_weight, least_input = self._thresholds(x)
         rule = self.rule
         if not (rule.compiled.get(self.layer) and self.fits(x) and self._is_sparse()):
@@ -118,16 +121,24 @@ class _Sparse(nn.Module):
     def lists(self, x: torch.Tensor) -> Convolution:
         """Return the compiled form of this layer for inputs of a size."""
         key = geometry_of(x, self.weight, self.shape), len(x)
-        if key not in self._lists:
-            self._lists[key] = Convolution(*key)
-        return self._lists[key]
+        # The last used stands last; beside the usual batch there is room for one odd one.
+        known = self._lists.pop(key) if key in self._lists else Convolution(*key)
+        self._lists[key] = known
+        if len(self._lists) > 2:
+            del self._lists[next(iter(self._lists))]
+        return known
 
     def fits(self, x: torch.Tensor) -> bool:
         """Tell whether the compiled kernels can do this layer on an input."""
         s = self.shape
+        if x.dim() != (2 if s is None else 4) or x.shape[1] != self.weight.shape[1]:
+            return False
         simple = s is None or (s.dilation == (1, 1) and s.groups == 1)
-        dims = 2 if s is None else 4
-        return simple and x.dim() == dims and len(x) > 0 and all(map(plain, (x, self.weight)))
+        if not (simple and x.numel() and all(map(plain, (x, self.weight)))):
+            return False
+        if self.bias is not None and not (plain(self.bias) and self.bias.is_contiguous()):
+            return False
+        return min(geometry_of(x, self.weight, s).out) > 0
 
 
 class SparseConv2d(_Sparse, nn.Conv2d):
@@ -170,8 +181,9 @@ class DenseConv2d(nn.Conv2d):
         if not (self.training and any(self.rule.compiled.values()) and plain(x)):
             return super().forward(x)
         pointwise = self.kernel_size == (1, 1) and self.padding == (0, 0) and self.groups == 1
-        if not (pointwise and is_inner(x)):
-            return to_inner(super().forward(x))
+        if not (pointwise and x.dim() == 4 and is_inner(x)):
+            y = super().forward(x)
+            return to_inner(y) if y.dim() == 4 and plain(y) else y
         # A kernel of one pixel is a product of matrices over all pixels of all samples.
         rows, columns = self.stride
         pixels = base(x)[:, ::rows, ::columns]
@@ -181,23 +193,24 @@ class DenseConv2d(nn.Conv2d):
         return y.view(-1, *pixels.shape[1:]).movedim(-1, 0)
 
 
-def pool(function: Any, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+def pool(function: Any, x: torch.Tensor, *args: Any, **options: Any) -> Any:
     """Return a pooling function of maps in whatever layout they come.
 
     With the batch innermost, channels stand where a channels-last tensor has its batch: pooled with
     both exchanged, the layout stays.
     """
     if not (x.dim() == 4 and is_inner(x)):
-        pooled: torch.Tensor = function(x, *args, **options)
-        return pooled
-    turned: torch.Tensor = function(x.transpose(0, 1), *args, **options)
+        return function(x, *args, **options)
+    turned: Any = function(x.transpose(0, 1), *args, **options)
+    if isinstance(turned, tuple):  # maxima and their places
+        return tuple(each.transpose(0, 1) for each in turned)
     return turned.transpose(0, 1)
 
 
 class MaxPool2d(nn.MaxPool2d):
     """A MaxPool2d that keeps the layout."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         """Return the pooled maps."""
         return pool(super().forward, x)
 
@@ -205,7 +218,7 @@ class MaxPool2d(nn.MaxPool2d):
 class AvgPool2d(nn.AvgPool2d):
     """An AvgPool2d that keeps the layout."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         """Return the pooled maps."""
         return pool(super().forward, x)
 
@@ -226,6 +239,8 @@ def _wrapped(x: torch.Tensor) -> bool:
 
 def _quantile(x: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
     """Return the magnitude that a share of the entries has at least."""
+    if not x.numel():
+        return x.new_zeros(())
     if not _wrapped(density):
         return threshold(x, min(1 - float(density), 1 - 1 / x.numel()))
     ranked = x.detach().abs().flatten().sort().values

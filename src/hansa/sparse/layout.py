@@ -7,6 +7,7 @@ PyTorch's elementwise operations keep it, so no result depends on who knows of i
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from hansa.sparse.kernels import kernels
 
@@ -55,11 +56,22 @@ def _transposed(matrix: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def unaliased(inner: torch.Tensor) -> torch.Tensor:
+    """Return a tensor [batch, ...] of the memory of [..., batch], which is no view to autograd.
+
+    So it may be changed in place, as by ``ReLU(inplace=True)``, where a function returns it.
+    """
+    view = logical(inner)
+    storage = view.untyped_storage()
+    return inner.new_empty(0).set_(storage, view.storage_offset(), view.shape, view.stride())
+
+
 class _ToInner(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return logical(inner_base(x))
+        return unaliased(inner_base(x))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d: torch.Tensor) -> torch.Tensor:
         return outer(d) if is_inner(d) else d

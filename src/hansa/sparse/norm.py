@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hansa.sparse.kernels import kernels, required
-from hansa.sparse.layout import base, inner_base, is_inner, logical
+from hansa.sparse.layout import base, inner_base, is_inner, logical, unaliased
 from hansa.sparse.thresholds import plain
 
 
@@ -26,7 +26,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             relu: whether a ReLU follows.
         """
         usual = not self.training or self.momentum is None or x.numel() <= x.shape[1]
-        if usual or not _fits(x, residual):
+        if usual or not _fits(self, x, residual):
             return _after(super().forward(x), residual, relu)
         running: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if self.track_running_stats and self.num_batches_tracked is not None:
@@ -45,7 +45,7 @@ class GroupNorm(nn.GroupNorm):
         self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = False
     ) -> torch.Tensor:
         """Return ``relu(norm(x) + residual)``, as ``BatchNorm2d`` does."""
-        if not _fits(x, residual):
+        if not _fits(self, x, residual):
             return _after(super().forward(x), residual, relu)
         y: torch.Tensor = _Normalise.apply(
             x, residual, self.weight, self.bias, None, None, self.num_groups, relu, 0.0, self.eps
@@ -53,9 +53,13 @@ class GroupNorm(nn.GroupNorm):
         return y
 
 
-def _fits(x: torch.Tensor, residual: torch.Tensor | None) -> bool:
+def _fits(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> bool:
     """Tell whether the kernels can do it."""
-    if kernels() is None or x.dim() != 4 or not plain(x) or not is_inner(x):
+    if kernels() is None or x.dim() != 4 or not x.numel() or not plain(x) or not is_inner(x):
+        return False
+    own = [t for t in (*norm.parameters(), *norm.buffers()) if t.dim()]
+    channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    if x.shape[1] != channels or not all(plain(t) and t.is_contiguous() for t in own):
         return False
     return residual is None or (residual.shape == x.shape and plain(residual))
 
@@ -89,15 +93,16 @@ class _Normalise(torch.autograd.Function):
         sizes: tuple[int, ...]
         if groups:
             sizes = (channels, groups, height * width, batch)
-            found.call("group_norm", *common, *sizes, int(relu), epsilon, threads)
+            found.call("group_norm", *common, *sizes, int(relu), float(epsilon), threads)
         else:
             sizes = (channels, height * width * batch)
             state = (mean_so_far, variance_so_far)
-            found.call("batch_norm", *common, *state, *sizes, int(relu), momentum, epsilon, threads)
+            rates = (float(momentum), float(epsilon))
+            found.call("batch_norm", *common, *state, *sizes, int(relu), *rates, threads)
         ctx.save_for_backward(x, y if relu else None, scale, mean, inverse)
         ctx.sizes, ctx.groups, ctx.relu = sizes, groups, relu
         ctx.residual, ctx.shift = residual is not None, shift is not None
-        return logical(y)
+        return unaliased(y)
 
     @staticmethod
     @once_differentiable

@@ -7,14 +7,16 @@ processes and a resumed run decide alike.
 import contextlib
 import hashlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
-from hansa.files import cache_folder, write_atomic
+from hansa.files import cache_folder
 from hansa.processes import processor
 from hansa.sparse.convolution import Convolution, Geometry
 from hansa.sparse.functions import Compiled, Shape, reference
@@ -53,14 +55,33 @@ def timing(
         "library": json.loads(found.path.with_suffix(".json").read_bytes())["library"],
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    path = cache_folder("kernels") / f"{key}.json"
+    try:
+        path = cache_folder("kernels") / f"{key}.json"
+    except (OSError, RuntimeError):  # without a place for it, it is measured again
+        return measure(geometry, batch, sparsity, inputs, linear)
+    if (known := _read(path)) is not None:
+        return known
+    measured = measure(geometry, batch, sparsity, inputs, linear)
+    # The first to have measured is believed by all, itself included, so that all decide alike.
+    mine = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        mine.write_text(json.dumps(asdict(measured)))
+        if path.exists() and _read(path) is None:  # damaged
+            mine.replace(path)
+        else:
+            with contextlib.suppress(FileExistsError):
+                os.link(mine, path)
+            mine.unlink()
+    except OSError:
+        return measured
+    return _read(path) or measured
+
+
+def _read(path: Path) -> Timing | None:
     try:
         return Timing(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
-        measured = measure(geometry, batch, sparsity, inputs, linear)
-    with contextlib.suppress(OSError):  # without a place for it, it is measured again
-        write_atomic(path, json.dumps(asdict(measured)))
-    return measured
+        return None
 
 
 def measure(

@@ -20,7 +20,7 @@ def count_kept(sparsity: float, numel: int) -> int:
 def threshold(x: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Return the scalar magnitude from which entries of a tensor are kept, 0 to keep all."""
     k, x = count_kept(sparsity, x.numel()), x.detach()
-    if k == x.numel():
+    if k >= x.numel():
         return x.new_zeros(())
     if plain(x) and (found := kernels()):
         flat = x if x.is_contiguous() else x.movedim(0, -1)
@@ -32,6 +32,15 @@ def threshold(x: torch.Tensor, sparsity: float) -> torch.Tensor:
 def keep(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     """Return True where an entry has at least that magnitude and is not zero."""
     return (x.abs() >= least) & (x != 0)
+
+
+def pruned(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with zeros where an entry is not kept."""
+    if plain(x) and x.is_contiguous() and (found := kernels()):
+        out = torch.empty_like(x)
+        found.call("prune", x, least.item(), out, x.numel(), torch.get_num_threads())
+        return out
+    return torch.where(keep(x, least), x, 0.0)
 
 
 def plain(x: torch.Tensor) -> bool:
