@@ -34,6 +34,7 @@ bench: setup
 	$(BIN)/python benchmarks/personalisation.py --quick
 	$(BIN)/python benchmarks/simulation.py --quick
 	$(BIN)/python benchmarks/scaling.py --quick
+	$(BIN)/python benchmarks/sparse_training.py --quick --threads 1
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
