@@ -34,7 +34,6 @@ def test_code_about_sparse_training_runs(capsys) -> None:
     assert any(word in capsys.readouterr().out for word in ("compiled kernels", "reference path"))
 
 
-
 def test_code_in_the_guide_to_pruning_runs(capsys) -> None:
     (code,) = blocks(ROOT / "docs" / "pruning.md", "python")
     exec(code, {})  # noqa: S102
