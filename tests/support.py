@@ -84,6 +84,16 @@ def clients(num: int = 3, per_client: int = 7) -> dict[str, Client]:
     return made
 
 
+def doubled(num: int = 3) -> dict[str, Client]:
+    """The same clients in float64, without validation data."""
+    found = {}
+    for name, client in clients(num).items():
+        inputs, labels = client.batch("train")
+        tests, answers = client.batch("test")
+        found[name] = Client.of((inputs.double(), labels), test=(tests.double(), answers))
+    return found
+
+
 def engine(
     method: Method,
     *,

@@ -6,18 +6,9 @@ import torch
 from hansa.federation.engines.plan import Plan
 from hansa.federation.methods import METHODS
 from hansa.federation.optimizer import Training
-from support import clients, engine, made, net, run, same
+from support import doubled, engine, made, net, run, same
 
 FALLING = {"lr": 0.1, "lr_end": 0.001, "lr_rounds": 3}
-
-
-def doubled():
-    found = {}
-    for name, client in clients(4).items():
-        inputs, labels = client.batch("train")
-        tests, answers = client.batch("test")
-        found[name] = type(client).of((inputs.double(), labels), test=(tests.double(), answers))
-    return found
 
 
 def begun(name: str, plan: Plan | None = None, **training: float):
@@ -25,7 +16,7 @@ def begun(name: str, plan: Plan | None = None, **training: float):
     return engine(
         made(name),
         model=net().double(),
-        data=doubled(),
+        data=doubled(4),
         training=Training(**options),  # type: ignore[arg-type]
         plan=plan or Plan(),
     )
@@ -64,7 +55,7 @@ def test_stacks_take_the_rate_of_their_round(name: str) -> None:
 
 def test_a_round_s_rate_is_the_one_by_the_formula() -> None:
     """One client, one batch: what it moves is the rate times the gradient."""
-    data = {"c0": doubled()["c0"]}
+    data = {"c0": doubled(4)["c0"]}
     moved = []
     for number in (1, 2, 3, 4):
         federation = engine(

@@ -6,12 +6,12 @@ from fnmatch import fnmatchcase
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from hansa.errors import InputError
 from hansa.sparse import layers
 from hansa.sparse.functions import geometry_of
-from hansa.sparse.fusion import Steps, fused
+from hansa.sparse.fusion import fused
 from hansa.sparse.kernels import find, kernels
 from hansa.sparse.layers import DenseConv2d, Path, Rule, SparseConv2d, SparseLinear
 from hansa.sparse.norm import BatchNorm2d, GroupNorm
@@ -151,7 +151,7 @@ class SparseModel(nn.Module):
         self.__dict__["plain"] = model  # hidden: its layers are this module's own
         self.rule, self.batch_size, self.fuse = rule, batch_size, fuse
         self.training = model.training
-        self._steps: dict[tuple[bool, ...], Steps | None] = {}
+        self._steps: dict[tuple[bool, ...], fx.Interpreter | None] = {}
         self._decided = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,7 +186,8 @@ class SparseModel(nn.Module):
     @property
     def thresholds(self) -> list[str]:
         """Names of the buffers that hold thresholds, which are no part of the model's state."""
-        return layers.states(self.sparse_layers)
+        names = self.sparse_layers
+        return [f"{name}.{buffer}".lstrip(".") for name in names for buffer in layers.THRESHOLDS]
 
     @property
     def how(self) -> str:
@@ -261,7 +262,7 @@ class SparseModel(nn.Module):
         modes = tuple(module.training for module in self.plain.modules())
         if modes not in self._steps:
             graph = fused(self.plain) if self.fuse else None
-            self._steps[modes] = None if graph is None else Steps(self.plain, graph)
+            self._steps[modes] = None if graph is None else fx.Interpreter(self.plain, graph=graph)
         steps = self._steps[modes]
         return self.plain if steps is None else steps.run
 

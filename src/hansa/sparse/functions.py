@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from hansa.sparse.convolution import Convolution, Geometry
 from hansa.sparse.layout import inner_base, logical, unaliased
-from hansa.sparse.thresholds import pruned
+from hansa.sparse.thresholds import is_wrapped, pruned
 
 Pair = tuple[int, int]
 
@@ -72,7 +72,7 @@ class Reference(torch.autograd.Function):
     def backward(ctx: Any, d: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of inputs, weight and bias."""
         held, used = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch._C._functorch.is_functorch_wrapped_tensor(d):
+        if torch.is_grad_enabled() and not is_wrapped(d):
             raise RuntimeError("a sparse layer cannot be differentiated twice")
         types = held.dtype, used.dtype
         held, used = held.to(d.dtype), used.to(d.dtype)  # which autocast may have lowered

@@ -1,7 +1,6 @@
 """A model's steps, with each normalisation taking along the residual and the ReLU after it."""
 
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,15 +109,3 @@ def _is_relu(node: fx.Node, kinds: dict[str, nn.Module]) -> bool:
         case "call_method":
             return node.target in ("relu", "relu_")
     return False
-
-
-class Steps(fx.Interpreter):
-    """Runs traced steps on the layers of a model."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(model, graph=graph)
-
-    def fetch_attr(self, target: str) -> Any:
-        """Return what stands in the model under a name, as it is now."""
-        owner, _, name = target.rpartition(".")
-        return getattr(self.module.get_submodule(owner), name)

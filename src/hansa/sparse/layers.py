@@ -1,6 +1,5 @@
 """Convolutions and linear layers that train sparsely, named as the layers they replace."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,9 +10,11 @@ from torch import nn
 from hansa.sparse.convolution import Convolution, Geometry
 from hansa.sparse.functions import Compiled, Shape, geometry_of, reference
 from hansa.sparse.layout import base, is_inner, to_inner
-from hansa.sparse.thresholds import keep, plain, threshold
+from hansa.sparse.thresholds import is_wrapped, keep, plain, threshold
 
 Path = Literal["auto", "kernels", "reference"]
+THRESHOLDS = ("least_weight", "least_input", "age")
+"""The buffers of a sparse layer that are no part of a model's state."""
 
 
 @dataclass
@@ -50,9 +51,9 @@ class _Sparse(nn.Module):
 
     def _share(self, name: str, rule: Rule) -> None:
         self.layer, self.rule = name, rule
-        for buffer, dtype in (("least_weight", None), ("least_input", None), ("age", torch.int64)):
-            value = torch.zeros((), dtype=dtype or self.weight.dtype)
-            self.register_buffer(buffer, value, persistent=False)
+        for buffer in THRESHOLDS:
+            dtype = torch.int64 if buffer == "age" else self.weight.dtype
+            self.register_buffer(buffer, torch.zeros((), dtype=dtype), persistent=False)
         self._lists: dict[tuple[Geometry, int], Convolution] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class _Sparse(nn.Module):
 
     def _thresholds(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the thresholds of weight and inputs, new ones every few steps."""
-        if _wrapped(self.age) or _wrapped(x) or _wrapped(self.weight):
+        if is_wrapped(self.age) or is_wrapped(x) or is_wrapped(self.weight):
             due = self.age % self.rule.refresh == 0
             fresh = self._fresh(x)
             self.least_weight.copy_(torch.where(due, fresh[0], self.least_weight))
@@ -223,25 +224,11 @@ class AvgPool2d(nn.AvgPool2d):
         return pool(super().forward, x)
 
 
-def states(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the names of the buffers in which sparse layers keep their thresholds."""
-    return [
-        f"{name}.{buffer}" if name else buffer
-        for name, module in modules.items()
-        if isinstance(module, _Sparse)
-        for buffer in ("least_weight", "least_input", "age")
-    ]
-
-
-def _wrapped(x: torch.Tensor) -> bool:
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
-
-
 def _quantile(x: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
     """Return the magnitude that a share of the entries has at least."""
     if not x.numel():
         return x.new_zeros(())
-    if not _wrapped(density):
+    if not is_wrapped(density):
         return threshold(x, min(1 - float(density), 1 - 1 / x.numel()))
     ranked = x.detach().abs().flatten().sort().values
     kept = ((x.numel() * density * 1e6).round() / 1e6).ceil().long()  # as `count_kept` has it

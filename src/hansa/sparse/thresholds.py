@@ -43,8 +43,12 @@ def pruned(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     return torch.where(keep(x, least), x, 0.0)
 
 
+def is_wrapped(x: torch.Tensor) -> bool:
+    """Tell whether a tensor stands for others under ``vmap`` or another transform."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
 def plain(x: torch.Tensor) -> bool:
     """Tell whether a kernel may read a tensor: float32 on the CPU, and no transform around it."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
-    is_plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not wrapped
+    is_plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not is_wrapped(x)
     return is_plain and x.dtype is torch.float32 and x.device.type == "cpu"

@@ -13,22 +13,13 @@ from hansa.federation.server import ServerOptimizer
 from hansa.federation.tree import ROOT, Tree
 from hansa.models.task import Task
 from hansa.sparse.thresholds import count_kept
-from support import clients, engine, net, run, same
+from support import clients, doubled, engine, net, run, same
 
 WEIGHTS = ("body.weight", "head.weight")
 
 
 def power(v: torch.Tensor, beta: float) -> torch.Tensor:
     return v.sign() * v.abs() ** beta
-
-
-def doubled(num: int = 3):
-    made = {}
-    for name, client in clients(num).items():
-        inputs, labels = client.batch("train")
-        tests, answers = client.batch("test")
-        made[name] = type(client).of((inputs.double(), labels), test=(tests.double(), answers))
-    return made
 
 
 def test_first_and_last_layer_are_sparse_as_well() -> None:

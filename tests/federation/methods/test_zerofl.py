@@ -16,21 +16,12 @@ from hansa.federation.wire import csr_size, decode, encode, encoded_size
 from hansa.models.images import ResNet18
 from hansa.models.task import Task
 from hansa.sparse.thresholds import count_kept
-from support import clients, engine, net, run, same
+from support import clients, doubled, engine, net, run, same
 
 UPLINKS = ("topk_weights", "diff_topk_weights", "topk_diff")
 ALL = {"sparse": ("*",), "path": "reference"}
 WHOLE = Training(lr=0.1, batch_size=7, epochs=2)
 """Batches of all that a client holds: orders of samples depend on its place in a tree."""
-
-
-def doubled(num: int = 3):
-    made = {}
-    for name, client in clients(num).items():
-        inputs, labels = client.batch("train")
-        tests, answers = client.batch("test")
-        made[name] = type(client).of((inputs.double(), labels), test=(tests.double(), answers))
-    return made
 
 
 # 2. and 4. Which entries are sent, and what they cost.
