@@ -35,6 +35,7 @@ bench: setup
 	$(BIN)/python benchmarks/simulation.py --quick
 	$(BIN)/python benchmarks/scaling.py --quick
 	$(BIN)/python benchmarks/sparse_training.py --quick --threads 1
+	$(BIN)/python benchmarks/worldlm.py --quick
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

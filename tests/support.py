@@ -29,9 +29,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "swat": {"sparse": ["*"]},
     "zerofl": {"sparse": ["*"]},
     "sparsyfed": {"sparsity": 0.5},
+    "worldlm": {"keys": 0},
 }
-"""Options that a method needs on models as small as these, which have a first and a last layer and
-few weights."""
+"""Options that a method needs on models as small as these, which have a first and a last layer, few
+weights, and no numbered blocks."""
 
 
 def made(name: str) -> Method:

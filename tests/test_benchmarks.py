@@ -43,8 +43,32 @@ def test_every_task_of_the_personalisation_benchmark_is_valid() -> None:
     sparse = {
         table.get("name", label) for label, table in loaded("sparse_accuracy").tables().items()
     }
-    shown = named | set(personalisation.PLAIN) | set(personalisation.CONTROLS) | sparse
+    worldlm = loaded("worldlm")
+    language = {
+        options.get("name", label)
+        for label, options in (worldlm.METHODS | worldlm.ABLATION).items()
+    }
+    shown = named | set(personalisation.PLAIN) | set(personalisation.CONTROLS) | sparse | language
     assert shown == set(METHODS)
+
+
+def test_every_table_of_the_language_benchmark_is_valid(tmp_path) -> None:
+    worldlm = loaded("worldlm")
+    tables = worldlm.tables(None)
+    assert len(tables) == 8
+    for name, (tree, texts, methods) in tables.items():
+        values = worldlm.config_of(name, tree, texts, tmp_path)
+        for label, options in methods.items():
+            config = load({**values, "method": {"name": label, **options}})
+            assert {node.text is not None for n, node in config.nodes.items() if n in texts} == {
+                True
+            }
+    private = load({**worldlm.config_of("noise", "python", tables["noise"][1], tmp_path)}).nodes
+    assert [n for n, node in private.items() if node.privacy] == ["licences", "headers"]
+    exchanged = tables["exchanged-100"][1]
+    assert exchanged["headers"][:500] == tables["python"][1]["licences"][:500]
+    mixed = tables["iid"][1]
+    assert {len(text) // 1000 for text in mixed.values()} <= set(range(120, 180))
 
 
 def test_handwriting_is_dealt_by_writer(tmp_path) -> None:

@@ -48,6 +48,7 @@ def test_a_run_folder_holds_configuration_tables_states_and_bundle(tmp_path) -> 
         "scores.parquet",
         "ledger.parquet",
         "pairs.parquet",
+        "figures.parquet",
         "rounds.parquet",
         "summary.json",
         "bundle",

@@ -10,6 +10,8 @@ A bundle is a folder:
     a method's masks by parameter name, where there are any.
 ``kept.safetensors``
     which weights of a pruned model are there at all, by parameter name.
+``tokenizer.json``
+    of a language model, what its tokens stand for.
 ``card.json``
     provenance: stage, configuration, seed, data fingerprint, metrics, the digests of the files
     above, and the digests of the bundles that this one came from.
@@ -34,12 +36,13 @@ from hansa.errors import InputError
 from hansa.files import sync_folder, write_atomic
 
 FORMAT = 1
-CARD, ARCHITECTURE, WEIGHTS, MASKS, KEPT = (
+CARD, ARCHITECTURE, WEIGHTS, MASKS, KEPT, TOKENIZER = (
     "card.json",
     "architecture.json",
     "weights.safetensors",
     "masks.safetensors",
     "kept.safetensors",
+    "tokenizer.json",
 )
 Tensors = Mapping[str, torch.Tensor]
 
@@ -56,6 +59,7 @@ class Bundle:
             nothing was pruned.
         card: provenance.
         digest: SHA-256 of the card, as hex.
+        tokenizer: of a language model, its tokenizer as JSON (``tokenizer_from_json``); else empty.
     """
 
     weights: Tensors
@@ -64,6 +68,7 @@ class Bundle:
     kept: Tensors
     card: Mapping[str, Any]
     digest: str
+    tokenizer: str = ""
 
     @property
     def lineage(self) -> list[dict[str, str]]:
@@ -84,6 +89,7 @@ def write(
     masks: Tensors | None = None,
     kept: Tensors | None = None,
     parent: Bundle | None = None,
+    tokenizer: str = "",
 ) -> Bundle:
     """Write a bundle; the folder appears whole or not at all.
 
@@ -99,6 +105,7 @@ def write(
         masks: a method's bool masks by parameter name.
         kept: bool masks by parameter name, True where a weight was kept by pruning.
         parent: the bundle that the stage started from.
+        tokenizer: of a language model, its tokenizer as JSON.
 
     Raises:
         InputError: the path holds something that is no bundle.
@@ -112,6 +119,8 @@ def write(
     for name, group in ((MASKS, masks), (KEPT, kept)):
         if group:
             files[name] = _tensors(group)
+    if tokenizer:
+        files[TOKENIZER] = tokenizer.encode()
     card = {
         "format": FORMAT,
         "stage": stage,
@@ -158,6 +167,7 @@ def read_bundle(path: str | Path) -> Bundle:
             WEIGHTS,
             MASKS,
             KEPT,
+            TOKENIZER,
         }
         complete = complete and isinstance(card["lineage"], list) and "stage" in card
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -178,9 +188,11 @@ def read_bundle(path: str | Path) -> Bundle:
             for name in (MASKS, KEPT)
         )
         architecture = json.loads(content[ARCHITECTURE])
+        tokenizer = content.get(TOKENIZER, b"").decode()
     except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(str(path), f"unreadable content ({error})", "a bundle") from error
-    return Bundle(weights, architecture, masks, kept, card, hashlib.sha256(card_bytes).hexdigest())
+    digest = hashlib.sha256(card_bytes).hexdigest()
+    return Bundle(weights, architecture, masks, kept, card, digest, tokenizer)
 
 
 def _bytes(path: Path, name: str) -> bytes:

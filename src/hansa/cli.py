@@ -132,8 +132,9 @@ def compare(
         task = progress.add_task("comparing", total=None, note="")
 
         def watch(done: int, total: int, run: Any) -> None:
-            accuracy = run.history.summary()["metrics"]["accuracy"]["mean"]
-            note = f"{run.path.name} {accuracy:.3f}"
+            metrics = run.history.summary()["metrics"]
+            key = "accuracy" if run.config.text is None else "perplexity"
+            note = f"{run.path.name} {metrics[key]['mean']:.3f}"
             progress.update(task, completed=done, total=total, note=note)
 
         found = run_grid(
@@ -377,23 +378,50 @@ def _watch(progress: Progress, label: str) -> Any:
     def watch(run: Any, result: Any) -> None:
         if not tasks:
             tasks.append(progress.add_task(label, total=run.config.rounds, note=""))
-        tested = [
-            scores["test"]["accuracy"] for scores in result.scores.values() if "test" in scores
-        ]
-        accuracy = f"accuracy {sum(a / n for a, n in tested) / len(tested):.3f}, " if tested else ""
+        score = _perplexity(run, result) if run.config.text else _accuracy(result)
+        what = "tokens" if run.config.text else "samples"
         speed = (
-            f"{60 / result.seconds:.0f} rounds/min, {result.samples / result.seconds:.0f} samples/s"
+            f"{60 / result.seconds:.0f} rounds/min, {result.samples / result.seconds:.0f} {what}/s"
         )
-        note = f"{accuracy}{speed}, {result.engine}"
+        note = f"{score}{speed}, {result.engine}"
         progress.update(tasks[0], completed=result.number, note=note)
 
     return watch
+
+
+def _accuracy(result: Any) -> str:
+    tested = [scores["test"]["accuracy"] for scores in result.scores.values() if "test" in scores]
+    return f"accuracy {sum(a / n for a, n in tested) / len(tested):.3f}, " if tested else ""
+
+
+def _perplexity(run: Any, result: Any) -> str:
+    """Return the mean over the leaves of one round, after the aggregation and after local steps."""
+    from hansa.federation.history import perplexity
+
+    tree, means = run.config.shape(), []
+    for split in ("test", "test:trained"):
+        losses = [
+            scores[split]["loss"]
+            for path, scores in result.scores.items()
+            if split in scores and tree.is_leaf(path)
+        ]
+        if losses:
+            mean = sum(perplexity(a / n) for a, n in losses) / len(losses)
+            means.append(f"{mean:.2f}")
+    return f"perplexity {' -> '.join(means)}, " if means else ""
 
 
 def _print(summaries: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(summaries[0]))
         return
+    is_language = any("perplexity" in summary["metrics"] for summary in summaries)
+    Console().print(_language_table(summaries) if is_language else _table(summaries))
+    for summary in summaries:
+        print(f"run: {summary['run']}")
+
+
+def _table(summaries: list[dict[str, Any]]) -> Table:
     from hansa.report.plots import size
 
     table = Table(caption="test accuracy over clients, last round; bytes of all encoded messages")
@@ -409,30 +437,67 @@ def _print(summaries: list[dict[str, Any]], as_json: bool) -> None:
             size(summary["bytes"]["down"]),
             f"{summary['seconds']:.1f}",
         )
-    Console().print(table)
+    return table
+
+
+def _language_table(summaries: list[dict[str, Any]]) -> Table:
+    from hansa.report.plots import size
+
+    table = Table(
+        caption="over leaves, each its own model on its own test text, last round; perplexity and "
+        "bits per byte after the aggregation; bytes of all encoded messages"
+    )
+    # Broken by hand, so that the table fits 80 columns whole.
+    columns = ["method", "perplexity", "std", "worst\ntenth", "after\nlocal\nsteps"]
+    for name in (*columns, "bits\nper\nbyte", "bytes", "seconds"):
+        table.add_column(name, justify="left" if name == "method" else "right")
     for summary in summaries:
-        print(f"run: {summary['run']}")
+        metrics = summary["metrics"]
+        scores = [(metrics.get("perplexity"), key, 2) for key in _SCORES]
+        scores.append((metrics.get("perplexity_after_local_steps"), "mean", 2))
+        scores.append((metrics.get("bits_per_byte"), "mean", 3))
+        table.add_row(
+            summary["method"],
+            *(f"{values[key]:.{digits}f}" if values else "-" for values, key, digits in scores),
+            size(summary["bytes"]["up"] + summary["bytes"]["down"]),
+            f"{summary['seconds']:.1f}",
+        )
+    return table
 
 
 def _print_comparison(found: Any) -> None:
-    from hansa.report.comparison import percent
     from hansa.report.plots import size
 
-    reference = next(iter(found.rows))
+    measure, reference = found.measure, next(iter(found.rows))
     against = {pair.second: pair for pair in found.pairs if pair.first == reference}
-    table = Table(
-        caption=f"test accuracy, mean and standard deviation over seeds; difference to {reference} "
-        "in points, with the p-value of a paired test over all clients (see the report)"
-    )
-    for name in ("method", "accuracy", "worst tenth", f"- {reference}", "p", "bytes"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    test = f"with the p-value of a paired test over all {measure.over} (see the report)"
+    more: list[str] = []
+    if measure.key == "accuracy":
+        caption = (
+            "test accuracy, mean and standard deviation over seeds; difference to "
+            f"{reference} in points, {test}"
+        )
+    else:
+        more = ["perplexity_after_local_steps", "bits_per_byte"]
+        caption = (
+            "each leaf's own model on its own test text, last round: mean and standard deviation "
+            "over seeds, after the aggregation where nothing else is said; lower is better; "
+            f"difference to {reference}, {test}"
+        )
+    table = Table(caption=caption)
+    keys = [measure.key, *(more or ["worst_tenth"])]
+    for key in ("method", *keys, f"- {reference}", "p", "bytes"):
+        # Two columns stay whole where the others break their lines in 80 columns.
+        name = key.removeprefix("perplexity_").replace("_", "\n" if more else " ")
+        whole = bool(more) and key in ("method", measure.key)
+        side: Any = "left" if key == "method" else "right"
+        table.add_column(name, justify=side, no_wrap=whole)
     for label, row in found.rows.items():
         pair = against.get(label)
         table.add_row(
             label,
-            percent(row["accuracy"]),
-            percent(row["worst_tenth"]),
-            f"{-100 * pair.difference:+.1f}" if pair else "",
+            *(measure.spread(row[key]) for key in keys),
+            measure.difference(-pair.difference) if pair else "",
             f"{pair.p:.3f}" if pair else "",
             size(row["bytes"]),
         )

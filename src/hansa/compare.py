@@ -100,8 +100,9 @@ def _grid(
             "--methods", ", ".join(labels) or "nothing", f"different ones of {allowed}"
         )
     base = load(values)
-    if not base.data.test:
-        raise InputError("data.test", base.data.test, "more than 0, to compare by")
+    key, share = ("data", base.data.test) if base.text is None else ("text", base.text.test)
+    if not share:
+        raise InputError(f"{key}.test", share, "more than 0, to compare by")
     folder = Path(base.output) / base.name
     options = {key: value for key, value in values.get("method", {}).items() if key != "name"}
     grid = {}

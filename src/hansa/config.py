@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hansa.data.federate import DataOptions
 from hansa.data.partition import Partition
+from hansa.data.text import TextOptions
 from hansa.errors import InputError
 from hansa.federation.engines.plan import EngineOptions
 from hansa.federation.methods import METHODS, FedAvg, Method
 from hansa.federation.node import Buffers
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
+from hansa.federation.rules import Rules
+from hansa.federation.tree import ROOT, Tree
+from hansa.models.language import LANGUAGE
 from hansa.pruning.options import PruningOptions
 
 
@@ -46,6 +50,21 @@ class TreeOptions(_Section):
     """Inner nodes over which the clients are dealt in turn; 1 is a flat federation."""
 
 
+class NodeOptions(Rules):
+    """A node of a tree that is written out: where it stands, what it holds, what holds there."""
+
+    parent: str = ROOT
+    """The node above it."""
+    text: str | None = None
+    """Its text: ``python:KIND``, ``file:PATH``, ``folder:PATH``, ``parquet:PATH`` or
+    ``hub:NAME``. Every leaf needs some; an inner node may have some."""
+
+    @property
+    def rules(self) -> Rules:
+        """What holds at the node and nowhere else."""
+        return Rules.model_validate({name: getattr(self, name) for name in Rules.model_fields})
+
+
 class RunEngine(EngineOptions):
     """How the run is computed, and where states are held meanwhile."""
 
@@ -71,6 +90,10 @@ class RunConfig(_Section):
     on_failure: Literal["stop", "drop"] = "stop"
     """A client whose loss is no number stops the run, or is dropped from its round."""
     data: DataOptions = DataOptions()
+    text: TextOptions | None = None
+    """How texts are cut, where a language model is trained; then ``data`` is not read."""
+    nodes: dict[str, NodeOptions] = Field(default_factory=dict)
+    """The nodes of the tree by name, ``root`` among them where it has options."""
     model: ModelOptions = ModelOptions()
     training: Training = Training()
     pruning: PruningOptions | None = None
@@ -80,14 +103,34 @@ class RunConfig(_Section):
     tree: TreeOptions = TreeOptions()
     engine: RunEngine = RunEngine()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, values: Any) -> Any:
+        """Fill in a small language model where text is trained on and none is named."""
+        if not isinstance(values, Mapping) or not values.get("nodes"):
+            return values
+        model = values.get("model", {})
+        if isinstance(model, Mapping) and "name" not in model:
+            model = {**model, "name": "llama"}
+        return {"text": {}, **values, "model": model}
+
     @property
     def folder(self) -> Path:
         """Where the run lies, unless the name is taken."""
         return Path(self.output) / f"{self.name}-seed{self.seed}"
 
+    def shape(self) -> Tree:
+        """Return the tree that is written out.
+
+        Raises:
+            InputError: an unknown parent, a cycle, or no node below the root.
+        """
+        return Tree({n: node.parent for n, node in self.nodes.items() if n != ROOT}, "nodes")
+
     def as_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values, without what is not set."""
-        values = self.model_dump(mode="json", exclude={"method"}, exclude_none=True)
+        unread = {"nodes"} if self.text is None else {"data", "tree"}
+        values = self.model_dump(mode="json", exclude={"method", *unread}, exclude_none=True)
         method = self.method.model_dump(mode="json", exclude_none=True)
         return {**values, "method": {"name": self.method.name, **method}}
 
@@ -175,6 +218,7 @@ def _validate(values: dict[str, Any]) -> RunConfig:
     _check_texts(values, "")
     if "methods" in values:
         raise InputError("methods", "methods to compare", "[method]; or `hansa compare`")
+    _check_tokenizers(values.get("nodes"))
     values = dict(values)
     method = values.pop("method", {"name": "fedavg"})
     if not isinstance(method, Mapping):
@@ -187,10 +231,47 @@ def _validate(values: dict[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise explain(error, RunConfig, values) from error
+    _check_text(config, values)
     try:
         return config.model_copy(update={"method": METHODS[name].model_validate(options)})
     except ValidationError as error:
         raise explain(error, METHODS[name], options, "method.") from error
+
+
+def _check_text(config: RunConfig, values: Mapping[str, Any]) -> None:
+    """Refuse what does not go together with text, and text without nodes.
+
+    Raises:
+        InputError: naming the key.
+    """
+    is_language = config.model.name in LANGUAGE
+    if config.text is None:
+        if is_language:
+            raise InputError("nodes", "nothing", f"nodes with text, for model {config.model.name}")
+        return
+    if not config.nodes:
+        raise InputError("nodes", "nothing", "the nodes of the tree, as [nodes.NAME]")
+    if not is_language:
+        raise InputError("model.name", repr(config.model.name), ", ".join(LANGUAGE))
+    for key in ("data", "tree", "pruning"):
+        if values.get(key):
+            raise InputError(key, "a table beside [nodes]", "[text] and [nodes]")
+    root = config.nodes.get(ROOT)
+    if root is not None and root.parent != ROOT:
+        raise InputError("nodes.root.parent", repr(root.parent), "nothing: it is the root")
+    tree = config.shape()
+    for name, node in config.nodes.items():
+        path = tree.path_of(name)
+        if tree.is_leaf(path) and node.text is None:
+            raise InputError(f"nodes.{name}.text", "nothing", "text, which every leaf needs")
+
+
+def _check_tokenizers(nodes: Any) -> None:
+    """Refuse a tokenizer of one node's own, which no other node could read."""
+    for name, node in nodes.items() if isinstance(nodes, Mapping) else ():
+        if isinstance(node, Mapping) and "tokenizer" in node:
+            allowed = "text.tokenizer, which is common to all nodes, as their model is"
+            raise InputError(f"nodes.{name}.tokenizer", repr(node["tokenizer"]), allowed)
 
 
 def _check_texts(value: Any, key: str) -> None:

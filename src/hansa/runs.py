@@ -13,8 +13,8 @@
     how the work was done, and why.
 ``parts/``
     tables of single rounds, until the run ends.
-``scores.parquet``, ``ledger.parquet``, ``pairs.parquet``, ``rounds.parquet``, ``summary.json``,
-``bundle/``
+``scores.parquet``, ``ledger.parquet``, ``pairs.parquet``, ``figures.parquet``,
+``rounds.parquet``, ``summary.json``, ``bundle/``
     the result.
 """
 
@@ -46,7 +46,7 @@ from hansa.federation.history import SCHEMAS, History, tables_of
 from hansa.federation.store import DiskStore
 from hansa.files import sync_folder, write_atomic
 
-FORMAT = 4
+FORMAT = 5
 
 
 class BusyError(InputError):

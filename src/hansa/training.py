@@ -11,13 +11,15 @@ from torch import nn
 from hansa import bundle
 from hansa.config import RunConfig, difference, load
 from hansa.data.federate import FederatedData, federate
+from hansa.data.text import federate_text
 from hansa.errors import InputError
 from hansa.federation.engines.engine import RoundResult
 from hansa.federation.federation import Federation
 from hansa.federation.leaf import DivergedError
 from hansa.federation.message import MessageError, Tensors
 from hansa.federation.tree import ROOT, Tree
-from hansa.models import Architecture, build
+from hansa.models import Architecture, build, objective_of, resolved
+from hansa.models.language import beside_adapters
 from hansa.models.masks import attach
 from hansa.pruning.federated import check_pruning, pre_round
 from hansa.runs import Run
@@ -62,7 +64,8 @@ def train(
         if wanted.method.common:
             weights = trial.federation.model_of(ROOT).state_dict()
             # These are of the clients' models: what is scored, the method says.
-            metrics = {"scored": wanted.method.scored, **run.history.summary()["metrics"]}
+            scored = "aggregated" if wanted.text else wanted.method.scored
+            metrics = {"scored": scored, **run.history.summary()["metrics"]}
             common = trial.write_bundle(run.path / "bundle", "train", weights, metrics)
         run.finish(common)
     return run
@@ -119,6 +122,7 @@ class Trial:
             masks=masks,
             kept=self.kept,
             parent=parent or self.parent,
+            tokenizer=self.data.tokenizer.as_json() if self.data.tokenizer else "",
         )
 
 
@@ -134,6 +138,7 @@ def write_bundle(
     masks: Tensors | None = None,
     kept: Tensors | None = None,
     parent: bundle.Bundle | None = None,
+    tokenizer: str = "",
 ) -> bundle.Bundle:
     """Write a model of a run as a bundle with its provenance.
 
@@ -153,6 +158,7 @@ def write_bundle(
         masks=masks,
         kept=kept,
         parent=parent,
+        tokenizer=tokenizer,
     )
 
 
@@ -178,7 +184,7 @@ def prepare(
     Raises:
         InputError: input that cannot be used.
     """
-    data = federate(config.data, config.seed) if data is None else data
+    data = read_data(config) if data is None else data
     model, architecture, parent = make_model(config, data)
     if masks:
         attach(model, masks)
@@ -192,12 +198,34 @@ def prepare(
         seed=config.seed,
         participation=config.participation,
         buffers=config.model.buffers,
-        tree=Tree.grouped(data.clients, config.tree.federations),
+        tree=tree_of(config, data),
         engine=config.engine,
         on_failure=config.on_failure,
         compare_up_to=config.compare_up_to,
+        objective=objective_of(architecture, data.bytes_of),
+        rules={name: node.rules for name, node in config.nodes.items()},
     )
     return Trial(config, data, architecture, parent, model, federation)
+
+
+def read_data(config: RunConfig) -> FederatedData:
+    """Return what the nodes of a configuration hold.
+
+    Raises:
+        InputError: see ``federate`` and ``federate_text``.
+    """
+    if config.text is None:
+        return federate(config.data, config.seed)
+    sources = {name: node.text for name, node in config.nodes.items() if node.text is not None}
+    size = config.training.batch_size
+    return federate_text(config.text, sources, ROOT, size, config.seed)
+
+
+def tree_of(config: RunConfig, data: FederatedData) -> Tree:
+    """Return the shape of a configuration's federation."""
+    if config.nodes:
+        return config.shape()
+    return Tree.grouped(data.clients, config.tree.federations)
 
 
 def make_model(
@@ -216,8 +244,11 @@ def make_model(
         classes=len(data.classes),
         channels=parent.architecture.get("channels") if parent else None,
     )
+    architecture = resolved(architecture)
     model = build(architecture, config.seed)
     if parent is not None:
+        if data.tokenizer is not None and parent.tokenizer != data.tokenizer.as_json():
+            raise InputError("model.bundle", "other tokens than the run's", "the same tokenizer")
         _take_weights(model, parent, config)
         if parent.kept and config.pruning:
             raise InputError("pruning", "a bundle that is pruned already", "one that is not")
@@ -299,13 +330,13 @@ def fixed_difference(first: RunConfig, second: RunConfig) -> list[str]:
 
 
 def _take_weights(model: nn.Module, parent: bundle.Bundle, config: RunConfig) -> None:
-    mine = model.state_dict()
-    for name in sorted(mine.keys() | parent.weights.keys()):
-        theirs = parent.weights.get(name)
+    mine, weights = model.state_dict(), beside_adapters(model, parent.weights)
+    for name in sorted(mine.keys() | weights.keys()):
+        theirs = weights.get(name)
         if name not in mine or theirs is None or theirs.shape != mine[name].shape:
             raise InputError(
                 "model.bundle",
                 f"{config.model.bundle}, whose weights differ from {config.model.name} in {name}",
                 "a bundle of the same model",
             )
-    model.load_state_dict(dict(parent.weights))
+    model.load_state_dict(dict(weights))

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from hansa.errors import InputError
-from hansa.models import Architecture, build
+from hansa.models import Architecture, build, objective_of, resolved
+from hansa.models.objective import CLASSIFICATION, NextToken
 
 USER = '''
 import torch
@@ -145,7 +146,7 @@ def test_an_unknown_name_is_told_what_there_is(name: str) -> None:
         build(of(name))
     assert caught.value.key == "model.name"
     assert str(caught.value).endswith(
-        "allowed: mlp, cnn, resnet18, resnet20, vgg16 or module:Class"
+        "allowed: mlp, cnn, resnet18, resnet20, vgg16, llama, gpt2, transformers or module:Class"
     )
 
 
@@ -283,3 +284,20 @@ def test_an_architecture_of_wrong_values_is_refused(change: dict[str, Any]) -> N
     assert Architecture(**whole).shape == (1, 2, 2)
     with pytest.raises(ValidationError):
         Architecture(**{**whole, **change})
+
+
+@pytest.mark.parametrize("name", ["mlp", "user_nets:Net"])
+def test_models_of_other_inputs_than_text_classify(name: str) -> None:
+    architecture = of(name, config="config.json")
+    assert not architecture.is_language
+    assert objective_of(architecture) is CLASSIFICATION
+    assert resolved(architecture) is architecture
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "transformers"])
+def test_language_models_are_trained_on_the_next_token(name: str) -> None:
+    sizes = torch.tensor([1, 2])
+    objective = objective_of(of(name, (4,)), sizes)
+    assert of(name, (4,)).is_language
+    assert isinstance(objective, NextToken)
+    assert objective.bytes_of is sizes

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hansa.models.images import CNN, ResNet18
-from hansa.models.task import Batch, Task
+from hansa.models.objective import CLASSIFICATION, Metrics, NextToken, Objective
+from hansa.models.task import Batch, PureTask, Task
 
 
 class Plain(nn.Module):
@@ -274,3 +275,53 @@ def test_a_materialised_module_keeps_ties_and_frozen_parameters() -> None:
     assert made.get_parameter("used.bias").tolist() == [5, 5]
     assert made.get_parameter("unused").tolist() == [0, 0, 0, 0]
     assert not made.get_parameter("used.bias").requires_grad
+
+
+class Constant(Objective):
+    """Loses the sum of the logits, whatever the labels."""
+
+    def loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Metrics]:
+        count = torch.tensor(float(len(labels))) if weights is None else weights.sum()
+        total = logits.detach().sum()
+        return logits.sum(), {"loss": total, "accuracy": torch.tensor(0.0), "count": count}
+
+
+def test_a_task_differentiates_the_loss_of_its_objective() -> None:
+    batch = (torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
+    task = Task(Plain(), Constant())
+    for kind in (task, PureTask(task)):
+        gradients, _, metrics = kind.gradients({"scale": torch.tensor(5.0)}, {}, batch)
+        assert gradients["scale"] is not None
+        assert gradients["scale"].item() == 3
+        assert metrics["loss"].item() == 15
+    assert task.evaluate(task.params, {}, batch) == {"loss": (3.0, 1.0), "accuracy": (0.0, 1.0)}
+
+
+def test_weights_of_a_batch_reach_the_objective() -> None:
+    batch = (torch.ones(3, 2), torch.zeros(3, dtype=torch.int64), torch.tensor([1.0, 1.0, 0.0]))
+    _, metrics = Task(Plain(), Constant()).loss({"scale": torch.tensor(1.0)}, {}, batch)
+    assert metrics["count"].item() == 2
+
+
+def test_a_task_classifies_by_default() -> None:
+    task = Task(Plain())
+    assert task.objective is CLASSIFICATION
+    scores = task.evaluate(task.params, {}, (torch.eye(2), torch.tensor([0, 0])))
+    assert list(scores) == ["loss", "accuracy"]
+    assert scores["accuracy"] == (1.0, 2.0)
+
+
+def test_every_form_of_a_task_keeps_its_objective() -> None:
+    objective = NextToken(torch.tensor([1, 2]))
+    task = Task(Plain(), objective)
+    assert PureTask(task).objective is objective
+    other = Plain()
+    adapted = task.adapted(lambda module: other)
+    assert adapted.module is other
+    assert adapted.objective is objective
+    moved = PureTask(task, device="meta").objective
+    assert isinstance(moved, NextToken)
+    assert moved.bytes_of is not None
+    assert moved.bytes_of.is_meta

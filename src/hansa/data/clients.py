@@ -1,5 +1,6 @@
 """What one client holds: its own samples, split into train, validation and test."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ class Client:
     Attributes:
         inputs: the pool's inputs [n, ...]; uint8 images [n, channels, height, width] are scaled
             to [-1, 1] on the way out, anything else is handed out as it is.
-        labels: the pool's class numbers [n], int64.
+        labels: the pool's class numbers [n], int64; of text, the next tokens [n, context].
         splits: for each split, the positions of the client's samples in the pool.
     """
 
@@ -62,6 +63,14 @@ class Client:
             found = " and ".join(str(part.dtype) for part in inputs)
             raise InputError("inputs", found, "one dtype for all splits")
         return cls(torch.cat(inputs), torch.cat(labels), splits)
+
+    @classmethod
+    def pooled(cls, clients: Iterable["Client"]) -> "Client":
+        """Return one client that holds the training data of all of them, and nothing else."""
+        parts = [client.batch("train") for client in clients]
+        inputs, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        splits: dict[Split, Index] = {split: np.zeros(0, np.int64) for split in SPLITS}
+        return cls(inputs, labels, {**splits, "train": np.arange(len(labels))})
 
     def save(self, path: Path) -> None:
         """Write what the client holds, and nothing else of its pool, into one file."""

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from hansa.data.clients import SPLITS, Client, Split
 from hansa.data.partition import Iid, Partition, Shift, deal, split
 from hansa.data.sources import SourceOptions, load
+from hansa.data.tokenizer import Tokenizer
 from hansa.errors import InputError
 from hansa.seeding import generator, numpy_generator
 
@@ -40,19 +41,26 @@ class DataOptions(SourceOptions):
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Clients by name, over one pool of samples.
+    """Clients by name, over one pool of samples; of text, each over a pool of its own.
 
     Attributes:
         clients: client name -> what it holds.
-        classes: names of the classes.
+        classes: names of the classes; of text, the token numbers.
         shape: shape of one input.
-        fingerprint: SHA-256 over all samples, labels and splits, as hex.
+        fingerprint: SHA-256 over all samples, labels and splits, and over the tokeniser, as hex.
+        tokenizer: of text, what its tokens stand for.
     """
 
     clients: Mapping[str, Client]
     classes: tuple[str, ...]
     shape: tuple[int, ...]
     fingerprint: str
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def bytes_of(self) -> torch.Tensor | None:
+        """Bytes that each token stands for, int64 [classes]; None where there are no tokens."""
+        return None if self.tokenizer is None else self.tokenizer.bytes_of
 
 
 def federate(options: DataOptions, seed: int) -> FederatedData:
@@ -92,7 +100,7 @@ def federate(options: DataOptions, seed: int) -> FederatedData:
         inputs = _shifted(options.partition, inputs, places, seed)
     clients = {name: Client(inputs, labels, mine) for name, mine in places.items()}
     return FederatedData(
-        clients, source.classes, tuple(inputs.shape[1:]), _fingerprint(inputs, labels, places)
+        clients, source.classes, tuple(inputs.shape[1:]), fingerprint(inputs, labels, places)
     )
 
 
@@ -127,9 +135,16 @@ def _shifted(
     return inputs
 
 
-def _fingerprint(
+def fingerprint(
     inputs: torch.Tensor, labels: torch.Tensor, places: Mapping[str, Mapping[Split, Any]]
 ) -> str:
+    """Return SHA-256 over a pool of samples and the splits of its clients, as hex.
+
+    Args:
+        inputs: the pool's inputs [n, ...].
+        labels: the pool's labels [n, ...].
+        places: client name -> split -> positions in the pool.
+    """
     digest = hashlib.sha256(f"{inputs.dtype}{tuple(inputs.shape)}".encode())
     digest.update(inputs.contiguous().view(torch.uint8).numpy().data)
     digest.update(labels.numpy().data)

@@ -204,6 +204,9 @@ def _check(config: RunConfig, options: DeployOptions) -> None:
         )
     if config.tree.federations > 1 and options.federations:
         raise InputError("tree.federations", config.tree.federations, "1 with deploy.federations")
+    if config.text is not None:
+        found = f"{config.model.name} on texts"
+        raise InputError("nodes", found, "an image model; language models run on one machine")
     if config.pruning:
         raise InputError("pruning", config.pruning.method, "none in a deployment")
     if config.model.bundle:

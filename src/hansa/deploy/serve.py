@@ -235,7 +235,7 @@ class FederationWorker:
         engine = self._engine
         engine.store = store
         node = engine.node(engine.top, number)
-        found = dict(engine.score(node, engine.method.receive(node, store.get(node.path), down)))
+        found = dict(engine.score(node, engine.method.held(node, store.get(node.path), down)))
         if self._last is not None and self._last.number == number:
             self._run.record(replace(self._last, scores=found), Plan())
         total: Scores = {}

@@ -109,7 +109,7 @@ def fill(batch: Batch, size: int, width: int) -> Filled:
         width: samples of a full batch.
     """
     inputs, labels, *rest = batch
-    num, given = labels.shape
+    num, given = labels.shape[:2]
     weights = rest[0] if rest else torch.ones(num, given, device=labels.device)
     active = torch.ones(size, dtype=torch.bool, device=labels.device)
     if (num, given) == (size, width):

@@ -20,8 +20,10 @@ from hansa.federation.methods.base import Method
 from hansa.federation.node import Buffers, Setup
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
+from hansa.federation.rules import Rules, inherited
 from hansa.federation.store import Store
 from hansa.federation.tree import ROOT, Tree, name_of
+from hansa.models.objective import CLASSIFICATION, NextToken, Objective
 from hansa.models.task import Task
 
 
@@ -35,10 +37,11 @@ class Federation:
         >>> net_of_a = federation.model_of("ward-a")
 
     Args:
-        model: a classifier that returns logits [batch, classes]. Its trainable parameters and its
-            buffers are the initial values; frozen parameters stay as they are and never travel.
-            Where masks are attached to it (``models.masks``), all clients train under them.
-        clients: name -> what the client holds.
+        model: a classifier that returns logits [batch, classes], or with the objective
+            ``NextToken`` a language model, [batch, T, V]. Its trainable parameters and its buffers
+            are the initial values; frozen parameters stay as they are and never travel. Where
+            masks are attached to it (``models.masks``), all clients train under them.
+        clients: name -> what the client holds: of every leaf, and of inner nodes with data.
         method: the federated algorithm.
         training: optimizer and local work.
         seed: everything random in the run is derived from it.
@@ -50,6 +53,8 @@ class Federation:
         on_failure: whether a client whose loss is no number stops the run or is dropped.
         compare_up_to: most clients that are compared two by two after the last round: every own
             model on every client's test data, every mask with every other.
+        objective: what the model is trained by; classification by default.
+        rules: name of a node -> what holds there, and below it where nothing else does.
 
     Raises:
         InputError: a model that does not fit the clients' inputs and labels, clients that are not
@@ -71,30 +76,46 @@ class Federation:
         engine: EngineOptions | None = None,
         on_failure: Literal["stop", "drop"] = "stop",
         compare_up_to: int = 25,
+        objective: Objective | None = None,
+        rules: Mapping[str, Rules] | None = None,
     ) -> None:
         self.tree = Tree.flat(clients) if tree is None else tree
-        paths = {name_of(path): path for path in self.tree.leaves()}
-        if paths.keys() != clients.keys():
-            odd = ", ".join(sorted(paths.keys() ^ clients.keys())[:3])
-            raise InputError("clients", f"{odd} in one of them only", "the leaves of the tree")
         if not isinstance(method, Method):
             raise InputError("method", repr(method), "a method such as FedAvg()")
+        paths = {name_of(path): path for path in self.tree.walk()}
+        audience: dict[str, Client] = {}
+        if method.pools:
+            audience = {paths[name]: client for name, client in clients.items()}
+            own = {path: inherited(self.tree, rules or {}).get(path) for path in audience}
+            clients, training = _pooled(clients, training or Training(), own)
+            rules = {}
+            self.tree = Tree.flat(clients)
+            paths = {name_of(path): path for path in self.tree.walk()}
+        _check_holders(self.tree, paths, clients, method)
         for key, value, allowed in (
             ("buffers", buffers, get_args(Buffers)),
             ("on_failure", on_failure, ("stop", "drop")),
         ):
             if value not in allowed:
                 raise InputError(key, repr(value), " or ".join(allowed))
-        check_model(model, clients)
+        objective = objective or CLASSIFICATION
+        check_model(model, clients, objective)
         training = training or Training()
-        self.setup = Setup(method.adapted(Task(model), training), training, buffers, seed)
+        task = method.adapted(Task(model, objective), training)
+        moments = isinstance(objective, NextToken)
+        handed_down = inherited(self.tree, rules or {})
+        self.setup = Setup(task, training, buffers, seed, handed_down, moments)
+        for path in handed_down:
+            # A model or method that cannot be trained so is refused here.
+            if self.setup.at(path).privacy is not None:
+                _check_private(path, method)
         method.check(self.setup, self.tree.depth)
         check_batches(model, clients, self.setup.training.batch_size)
         _check_newcomers(participation or Participation(), self.tree)
         self._compare_up_to = compare_up_to
         self._options = engine or EngineOptions()
         self._options.check()
-        self._paths = paths | {ROOT: ROOT}
+        self._paths = paths
         if self._options.workers > 1:
             check_sendable(Leaf(method, self.setup, seed), self._options.workers)
         self._engine = LocalEngine(
@@ -105,6 +126,7 @@ class Federation:
             seed,
             participation,
             on_failure,
+            audience=audience,
         )
 
     @property
@@ -127,7 +149,7 @@ class Federation:
             score_every: rounds between scores.
             plan: how earlier rounds were done, for these to be done alike.
         """
-        few = len(self._paths) - 1 <= self._compare_up_to
+        few = len(self._engine.clients) <= self._compare_up_to
         if self._options.kind == "flower":
             yield from self._on_flower(last, first, score_every, few)
             return
@@ -202,12 +224,12 @@ class Federation:
             raise InputError("tree", f"depth {self.tree.depth}", "a flat federation")
         if not client.count("test"):
             raise InputError("client", "no test data", "a client with test data")
-        check_model(self.setup.task.module, {name: client})
+        check_model(self.setup.task.module, {name: client}, self.setup.task.objective)
         return self._engine.onboard(name, client, epochs or self.setup.training.epochs)
 
     def _path(self, name: str) -> str:
         if name not in self._paths:
-            raise InputError("name", repr(name), f"one of {', '.join(self._paths)}")
+            raise InputError("name", repr(name), f"one of {', '.join(sorted(self._paths))}")
         return self._paths[name]
 
     def keep_states_in(self, store: Store, rounds: int = 0) -> None:
@@ -237,7 +259,57 @@ def _check_newcomers(participation: Participation, tree: Tree) -> None:
         )
 
 
-def check_model(model: nn.Module, clients: Mapping[str, Client]) -> None:
+def _pooled(
+    clients: Mapping[str, Client], training: Training, rules: Mapping[str, Rules | None]
+) -> tuple[dict[str, Client], Training]:
+    """Return one client in the place of all, and training of as many steps as all would make."""
+    for path, own in rules.items():
+        if own is not None and own.privacy is not None:
+            name = name_of(path)
+            raise InputError(f"nodes.{name}.privacy", "data to be pooled", "no privacy")
+    if training.steps is not None:
+        each = (training if own is None else own.applied(training) for own in rules.values())
+        steps = sum(one.steps or 0 for one in each)
+        training = training.model_copy(update={"steps": steps})
+    return {"pooled": Client.pooled(clients.values())}, training
+
+
+def _check_private(path: str, method: Method) -> None:
+    """Refuse methods whose looks at private data the accountant would not count, or not all."""
+    kind = type(method)
+    plain = all(
+        getattr(kind, name) is getattr(Method, name)
+        for name in ("stages", "phases", "after", "step")
+    )
+    if not plain or method.scored == "tuned":
+        raise InputError(
+            f"nodes.{name_of(path)}.privacy",
+            f"method {method.name!r}, which looks at a batch more than once",
+            "fedavg, fedper, local, hierfavg, diloco or worldlm",
+        )
+
+
+def _check_holders(
+    tree: Tree, paths: Mapping[str, str], clients: Mapping[str, Client], method: Method
+) -> None:
+    """Refuse leaves without data, data without a node, and data that an inner node cannot use."""
+    leaves = {name for name, path in paths.items() if tree.is_leaf(path)}
+    if odd := sorted((leaves - clients.keys()) | (clients.keys() - paths.keys())):
+        raise InputError(
+            "clients", f"{', '.join(odd[:3])} in one of them only", "the leaves of the tree"
+        )
+    inner = sorted(clients.keys() - leaves)
+    if inner and method.inner_training() is None:
+        raise InputError(
+            f"nodes.{inner[0]}",
+            f"data of an inner node with method {method.name!r}",
+            "data at the leaves alone, or a method such as 'fedavg' or 'worldlm'",
+        )
+
+
+def check_model(
+    model: nn.Module, clients: Mapping[str, Client], objective: Objective = CLASSIFICATION
+) -> None:
     """Try the model on the clients' inputs, and their labels against the number of logits."""
     was = model.training
     model.eval()
@@ -247,7 +319,8 @@ def check_model(model: nn.Module, clients: Mapping[str, Client]) -> None:
     for name, client in pools.values():  # one client for all that share a pool
         try:
             with torch.no_grad():
-                classes = model(client.batch("train")[0][:1]).shape[1]
+                shape = model(client.batch("train")[0][:1]).shape
+            classes = shape[2 if isinstance(objective, NextToken) else 1]
         except Exception as error:  # a user's module may raise anything
             raise InputError(
                 "model", f"{error} on {name}'s data", "a model of its inputs"

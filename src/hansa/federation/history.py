@@ -1,5 +1,6 @@
 """What a run measured, as tables, and their summary."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,6 +51,16 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("count", pa.float64()),
         ]
     ),
+    # One row per figure that a node noted, about another node or none (empty).
+    "figures": pa.schema(
+        [
+            ("round", pa.int32()),
+            ("node", pa.string()),
+            ("other", pa.string()),
+            ("name", pa.string()),
+            ("value", pa.float64()),
+        ]
+    ),
     # One row per round: wall seconds, samples that clients trained on, and how it was done.
     "rounds": pa.schema(
         [
@@ -80,6 +91,7 @@ def tables_of(result: RoundResult) -> dict[str, pa.Table]:
         "scores": scores,
         "ledger": ledger,
         "pairs": [(result.number, *pair) for pair in result.pairs],
+        "figures": [(result.number, *figure) for figure in result.figures],
         "rounds": [(result.number, result.seconds, result.samples, result.engine)],
     }
     return {
@@ -106,7 +118,7 @@ class History:
             self._parts[name].append(table)
 
     def table(self, name: str) -> pa.Table:
-        """Return one table whole: ``scores``, ``ledger``, ``pairs`` or ``rounds``."""
+        """Return one table whole: by its name in ``SCHEMAS``."""
         self._parts[name] = [pa.concat_tables(self._parts[name])]
         return self._parts[name][0]
 
@@ -117,7 +129,13 @@ class History:
         return int(rounds.max()) if len(rounds) else 0
 
     def scored(self, split: str, metric: str) -> dict[int, dict[str, float]]:
-        """Return round -> leaf name -> value, for one metric on one split."""
+        """Return round -> node name -> value, for one metric on one split.
+
+        ``perplexity`` is the exponential of the mean loss of a node.
+        """
+        if metric == "perplexity":
+            losses = self.scored(split, "loss").items()
+            return {number: {n: perplexity(v) for n, v in row.items()} for number, row in losses}
         values: dict[int, dict[str, float]] = {}
         table = self.table("scores")
         chosen = (table["split"].to_numpy() == split) & (table["metric"].to_numpy() == metric)
@@ -126,6 +144,18 @@ class History:
                 leaf = name_of(row["node"])
                 values.setdefault(row["round"], {})[leaf] = row["sum"] / row["count"]
         return values
+
+    @property
+    def is_language(self) -> bool:
+        """Whether what was scored is a language model."""
+        return "bits_per_byte" in pc.unique(self.table("scores")["metric"]).to_pylist()
+
+    def leaves(self) -> set[str]:
+        """Return the names of the nodes that stand above no other."""
+        tables = self.table("ledger"), self.table("scores")
+        nodes = {node for table in tables for node in pc.unique(table["node"]).to_pylist()}
+        above = {node.rpartition("/")[0] for node in nodes}
+        return {name_of(node) for node in nodes - above}
 
     def pairs(self, metric: str) -> dict[tuple[str, str], float]:
         """Return (first, second) -> value of the last round in which clients were compared."""
@@ -150,33 +180,30 @@ class History:
         return totals
 
     def chosen_round(self) -> int | None:
-        """Return the scored round of the highest mean validation accuracy, the first among equals.
+        """Return the scored round that does best on validation data, the first among equals.
+
+        That is the one of the highest mean accuracy over nodes, or of a language model the one of
+        the lowest mean loss.
 
         Returns:
             None where no client holds validation data.
         """
+        metric, sign = ("loss", -1) if self.is_language else ("accuracy", 1)
         means = {
-            number: float(np.mean(list(values.values())))
-            for number, values in self.scored("validation", "accuracy").items()
+            number: sign * float(np.mean(list(values.values())))
+            for number, values in self.scored("validation", metric).items()
         }
         return max(means, key=lambda number: (means[number], -number)) if means else None
 
     def summary(self) -> dict[str, Any]:
         """Return the run in a few numbers: test scores over clients, bytes, speed.
 
-        ``accuracy`` and ``loss`` are those of the last scored round; ``accuracy_chosen`` is that
-        of the round with the highest validation accuracy. ``csr`` is the upload as
+        Metrics are those of the last scored round, and under ``..._chosen`` of the round that does
+        best on validation data. A language model has two moments: after the aggregation, and
+        ``..._after_local_steps``. ``csr`` is the upload as
         papers on sparse training count it (``wire.csr_size``).
         """
-        metrics: dict[str, Any] = {}
-        for metric in ("accuracy", "loss"):
-            by_round = self.scored("test", metric)
-            if by_round:
-                last = list(by_round[max(by_round)].values())
-                metrics[metric] = spread(last, higher_is_better=metric == "accuracy")
-            if by_round and metric == "accuracy" and (chosen := self.chosen_round()) is not None:
-                values = list(by_round[chosen].values())
-                metrics["accuracy_chosen"] = {"round": chosen, **spread(values)}
+        metrics = self._of_language() if self.is_language else self._of_classes()
         totals = self.bytes().values()
         return {
             "rounds": self.num_rounds,
@@ -190,6 +217,35 @@ class History:
             "seconds": round(sum(self.table("rounds")["seconds"].to_pylist()), 3),
         }
 
+    def _of_classes(self) -> dict[str, Any]:
+        """Return accuracy and loss over clients."""
+        metrics: dict[str, Any] = {}
+        for metric in ("accuracy", "loss"):
+            by_round = self.scored("test", metric)
+            if by_round:
+                last = list(by_round[max(by_round)].values())
+                metrics[metric] = spread(last, higher_is_better=metric == "accuracy")
+            if by_round and metric == "accuracy" and (chosen := self.chosen_round()) is not None:
+                values = list(by_round[chosen].values())
+                metrics["accuracy_chosen"] = {"round": chosen, **spread(values)}
+        return metrics
+
+    def _of_language(self) -> dict[str, Any]:
+        """Return perplexity and bits per byte over leaves, at both moments."""
+        metrics: dict[str, Any] = {}
+        leaves = self.leaves()
+        for split, suffix in (("test", ""), ("test:trained", "_after_local_steps")):
+            for metric in ("perplexity", "bits_per_byte"):
+                if by_round := self.scored(split, metric):
+                    last = by_round[max(by_round)]
+                    values = [value for leaf, value in last.items() if leaf in leaves]
+                    metrics[metric + suffix] = spread(values, higher_is_better=False)
+        chosen, perplexity = self.chosen_round(), self.scored("test", "perplexity")
+        if chosen is not None and chosen in perplexity:
+            values = [value for leaf, value in perplexity[chosen].items() if leaf in leaves]
+            metrics["perplexity_chosen"] = {"round": chosen, **spread(values, False)}
+        return metrics
+
     def _speed(self) -> dict[str, Any]:
         """Return rounds a minute, samples a second, and how the work was done."""
         trained = pc.field("round") > 0  # not what came before the first round
@@ -202,6 +258,11 @@ class History:
             # In the order in which the engines were first used.
             "engine": " then ".join(dict.fromkeys(rounds["engine"])),
         }
+
+
+def perplexity(loss: float) -> float:
+    """Return the perplexity of a mean loss in nats per token."""
+    return math.exp(min(loss, 700.0))  # beyond that no float holds it
 
 
 def spread(values: list[float], higher_is_better: bool = True) -> dict[str, float]:

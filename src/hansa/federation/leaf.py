@@ -7,23 +7,29 @@ alone. Every pass of an epoch sees the same order, and methods with the same see
 data, which is what makes their equalities exact.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from hansa.data.clients import Client, Samples, Split
+from hansa.data.clients import Client, Split
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Method, Work, scheduled, training_metrics
 from hansa.federation.node import Node, Setup
+from hansa.federation.optimizer import Training
+from hansa.federation.privacy import affordable, epsilon, noised, poisson
 from hansa.federation.tree import name_of
-from hansa.models.task import Batch
 from hansa.seeding import generator, global_stream
 
 Metrics = dict[str, tuple[float, float]]
 Trained = tuple[State, Message, Metrics]
 Scores = dict[str, Metrics]
 SCORED_SPLITS: tuple[Split, ...] = ("validation", "test")
+
+
+PRIVATE_STEPS = "private_steps"
+SPENT: Metrics = {"spent": (1.0, 1.0)}
+"""What is told of a node whose privacy budget does not allow for the round."""
 
 
 class DivergedError(ArithmeticError):
@@ -39,13 +45,17 @@ class DivergedError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Job:
-    """What a leaf's round starts from: where and when, its state, and its parent's message."""
+    """What a leaf's round starts from: where and when, its state, and its parent's message.
+
+    Where a model is scored at two moments, ``scored`` says whether it is in this round.
+    """
 
     path: str
     round: int
     client: Client
     state: State
     down: Message
+    scored: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,11 +85,65 @@ class Leaf:
     setup: Setup
     seed: int
 
-    def end(self, node: Node, state: State, work: Work) -> Trained:
-        """Return the leaf's new state, its reply, and the metrics of its training."""
-        metrics = training_metrics(work)
+    def end(self, node: Node, job: Job, state: State, work: Work) -> Trained:
+        """Return the leaf's new state, its reply, and the metrics of its training.
+
+        Args:
+            node: the leaf.
+            job: what its round started from.
+            state: its state after ``receive``.
+            work: what its training has made.
+        """
+        work, metrics = self._released(node, job, state, work)
         state, reply = self.method.end(node, state, work)
-        return state, reply, metrics
+        if node.setup.privacy is None:
+            return state, reply, metrics
+        state = replace(state, scalars={**state.scalars, **spent(node, job.state)})
+        return state, replace(reply, metrics={}), metrics
+
+    def _released(self, node: Node, job: Job, state: State, work: Work) -> tuple[Work, Metrics]:
+        """Return trained work as it may leave the node, and the metrics of the training.
+
+        Metrics of the model after its local steps, where they are wanted, stand under
+        ``trained/``. Of private training nothing is told but what a test says.
+        """
+        setup, metrics = node.setup, training_metrics(work)
+        if setup.privacy is not None:
+            metrics = {}
+            if setup.privacy.unit == "update":
+                start = self.method.begin(node, state)["params"]
+                rng = generator(self.seed, node.path, node.round, "privacy")
+                work = {**work, "params": noised(setup.privacy, start, work["params"], rng)}
+        if setup.moments and job.scored and job.client.count("test"):
+            model = self.method.trained(setup, work)
+            found = self.setup.task.evaluate(*model, job.client.batch("test"))
+            metrics |= {f"trained/{name}": pair for name, pair in found.items()}
+        return work, metrics
+
+    def own(self, node: Node, job: Job, state: State) -> tuple[State, Message, Metrics]:
+        """Train an inner node on data of its own.
+
+        Args:
+            node: the inner node.
+            job: what its round started from.
+            state: its state after ``receive``.
+
+        Returns:
+            Its state, its own share in the mean (empty where the method has none), and metrics.
+
+        Raises:
+            DivergedError: the training loss or the weights became infinite or NaN.
+        """
+        if not is_affordable(node, job.state):
+            return counted(state, job.state), Message(), SPENT
+        epochs = node.setup.training.epochs
+        work = self.fit(node, self.method.begin(node, state), job.client, epochs)
+        work, metrics = self._released(node, job, state, work)
+        state, share = self.method.settle(node, state, work)
+        if node.setup.privacy is not None:
+            state = replace(state, scalars={**state.scalars, **spent(node, job.state)})
+            share = replace(share, metrics={}) if share else share
+        return state, share, metrics
 
     def scored(self, node: Node, state: State, scores: Scores) -> Scores:
         """Return a leaf's scores, from the metrics of its model by split.
@@ -89,7 +153,8 @@ class Leaf:
         """
         for metrics in scores.values():
             check_finite(node, metrics["loss"][0])
-        return {**scores, "state": self.method.describe(self.setup, state)}
+        about = self.method.describe(self.setup, state)
+        return {**scores, "state": {**about, **told(node, state)}}
 
     def model(self, job: Job) -> tuple[Tensors, Tensors]:
         """Return parameters and buffers of the model that is scored.
@@ -106,8 +171,11 @@ class Leaf:
         Which of them, the method says (``Method.scored``). A client that has not trained yet is
         scored with the model it would receive.
         """
-        own = job.state and self.method.scored == "trained"
-        return job.state if own else self.method.receive(node, job.state, job.down)
+        if self.setup.moments:
+            return counted(self.method.held(node, job.state, job.down), job.state)
+        if job.state and self.method.scored == "trained":
+            return job.state
+        return counted(self.method.receive(node, job.state, job.down), job.state)
 
     def _model(self, node: Node, client: Client, state: State) -> tuple[Tensors, Tensors]:
         if self.method.scored != "tuned":
@@ -136,9 +204,9 @@ class Leaf:
         masks = method.masks(self.setup, state)
         return Newcomer(before, task.evaluate(*model, test), *model, masks)
 
-    def cross(self, client: Client, params: Tensors, buffers: Tensors) -> tuple[float, float]:
-        """Return the test accuracy of any model on a client's data as (sum, count)."""
-        return self.setup.task.evaluate(params, buffers, client.batch("test"))["accuracy"]
+    def cross(self, client: Client, params: Tensors, buffers: Tensors) -> Metrics:
+        """Return the test metrics of any model on a client's data as (sum, count)."""
+        return self.setup.task.evaluate(params, buffers, client.batch("test"))
 
     def node(self, job: Job) -> Node:
         """Return the node that a job is about."""
@@ -148,15 +216,47 @@ class Leaf:
         def validate(params: Tensors, buffers: Tensors) -> Metrics:
             return self.setup.task.evaluate(params, buffers, client.batch(split))
 
-        samples = client.count("train")
-        return Node(job.path, job.round, samples, self.setup, validate=validate)
+        samples, setup = client.count("train"), self.setup.at(job.path)
+        return Node(job.path, job.round, samples, setup, validate=validate)
 
     def order(self, node: Node, stage: str, epoch: int) -> torch.Tensor:
         """Return the order of the client's training samples in an epoch."""
         # What a method does beside ordinary training must not shift the order of that.
         key = () if stage == "train" else (stage,)
-        rng = generator(self.seed, node.path, self.method.order_of(node), *key, epoch)
+        training, number = node.setup.training, self.method.order_of(node)
+        if training.steps is not None:
+            return self._going_on(node, training, key, (number - 1) * training.epochs + epoch)
+        rng = generator(self.seed, node.path, number, *key, epoch)
         return torch.randperm(node.samples, generator=rng)
+
+    def _going_on(
+        self, node: Node, training: Training, key: tuple[str, ...], turn: int
+    ) -> torch.Tensor:
+        """Return the samples of some full batches out of one endless row of shuffled passes."""
+        size = training.batches(node.samples) * training.batch_size
+        start = max(turn, 0) * size
+        first, last = start // node.samples, (start + size - 1) // node.samples
+        passes = [
+            torch.randperm(
+                node.samples, generator=generator(self.seed, node.path, "pass", *key, number)
+            )
+            for number in range(first, last + 1)
+        ]
+        skipped = start - first * node.samples
+        return torch.cat(passes)[skipped : skipped + size]
+
+    def batches(self, node: Node, stage: str, epoch: int) -> Sequence[torch.Tensor]:
+        """Return the positions of each batch of an epoch.
+
+        Private training draws every sample apart (Poisson), as its accountant assumes.
+        """
+        setup = node.setup
+        size = setup.training.batch_size
+        if setup.privacy is None or setup.privacy.unit == "update":
+            order = self.order(node, stage, epoch)
+            return [order[start : start + size] for start in range(0, len(order), size)]
+        rng = generator(self.seed, node.path, self.method.order_of(node), stage, epoch, "drawn")
+        return poisson(node.samples, size, setup.training.batches(node.samples), rng)
 
     def fit(self, node: Node, work: Work, client: Client, epochs: int) -> Work:
         """Return the work after all stages of local training.
@@ -170,19 +270,55 @@ class Leaf:
             for stage, num in self.method.stages(node, work, epochs):
                 phases = self.method.phases(work, stage)
                 for epoch in range(num):
-                    order = self.order(node, stage, epoch)
+                    drawn = self.batches(node, stage, epoch)
                     for phase in phases:
-                        for batch in _batches(data, order, self.setup.training.batch_size):
-                            work = self.method.step(self.setup, work, batch, phase)
+                        for chosen in drawn:
+                            batch = data[0][chosen], data[1][chosen]
+                            work = self.method.step(node.setup, work, batch, phase)
                 check_work(node, work)
                 work = scheduled(node, self.method.after(node, work, stage))
         return work
 
 
-def _batches(data: Samples, order: torch.Tensor, size: int) -> Iterator[Batch]:
-    inputs, labels = data
-    for chosen in order.split(size):
-        yield inputs[chosen], labels[chosen]
+def is_affordable(node: Node, state: State) -> bool:
+    """Tell whether a node's privacy budget allows for one more round of training."""
+    privacy = node.setup.privacy
+    if privacy is None:
+        return True
+    size, done = node.setup.training.batch_size, int(state.scalars.get(PRIVATE_STEPS, 0))
+    return affordable(privacy, node.samples, size, done, _private_steps(node))
+
+
+def spent(node: Node, before: State) -> dict[str, int]:
+    """Return what a node keeps of its private steps, this round's included."""
+    done = int(before.scalars.get(PRIVATE_STEPS, 0))
+    return {PRIVATE_STEPS: done + _private_steps(node)}
+
+
+def counted(state: State, before: State) -> State:
+    """Return a state that knows as many private steps as an earlier one of the same node."""
+    if PRIVATE_STEPS not in before.scalars:
+        return state
+    steps = before.scalars[PRIVATE_STEPS]
+    return replace(state, scalars={**state.scalars, PRIVATE_STEPS: steps})
+
+
+def told(node: Node, state: State) -> Metrics:
+    """Return the privacy that a node has spent so far as (sum, count); nothing without any."""
+    privacy = node.setup.privacy
+    if privacy is None:
+        return {}
+    done = int(state.scalars.get(PRIVATE_STEPS, 0))
+    size = node.setup.training.batch_size
+    return {"epsilon": (epsilon(privacy, node.samples, size, done), 1.0)}
+
+
+def _private_steps(node: Node) -> int:
+    """Return how often a round looks at a node's data, as its accountant counts."""
+    setup = node.setup
+    if setup.privacy is not None and setup.privacy.unit == "update":
+        return 1
+    return setup.training.batches(node.samples) * setup.training.epochs
 
 
 def check_work(node: Node, work: Work) -> None:

@@ -1,11 +1,14 @@
 """Where a step of a method runs: the run's setup, the node, its children and their replies."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from hansa.errors import InputError
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.optimizer import Training
+from hansa.federation.privacy import Privacy, PrivateTask, check_model
+from hansa.federation.rules import Rules
 from hansa.models.task import Task
 
 Buffers = Literal["averaged", "local", "personal"]
@@ -23,6 +26,35 @@ class Setup:
     mask of their layer (methods with masks)."""
     seed: int = 0
     """The run's seed, for what a method draws at a node."""
+    rules: Mapping[str, Rules] = field(default_factory=dict)
+    """Node path -> what holds there and nowhere else."""
+    moments: bool = False
+    """Whether a model is scored twice: after the aggregation, and after its local steps."""
+    privacy: Privacy | None = None
+    """Set in the setup of one node (``at``) whose training is differentially private."""
+
+    def at(self, path: str) -> "Setup":
+        """Return the setup as it holds at one node.
+
+        Raises:
+            InputError: a model whose training cannot be private as the node's rules want it.
+        """
+        rules = self.rules.get(path)
+        if rules is None:
+            return self
+        training = rules.applied(self.training)
+        task, privacy = self.task, rules.privacy
+        if privacy is not None:
+            check_model(task.module)
+        if privacy is not None and privacy.unit == "update" and self.shared_buffers:
+            raise InputError(
+                "privacy",
+                "running statistics, which would leave the node without noise",
+                "model.buffers = 'local', or a model without any",
+            )
+        if privacy is not None and privacy.unit == "gradient":
+            task = PrivateTask(task, privacy, training.batch_size)
+        return replace(self, task=task, training=training, privacy=privacy)
 
     @property
     def shared_buffers(self) -> Tensors:

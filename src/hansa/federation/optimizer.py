@@ -39,6 +39,9 @@ class Training(BaseModel):
     """Euclidean norm over all gradients, of masked entries as well, to which they are cut down."""
     epochs: int = Field(1, ge=1, lt=2**31, strict=True)
     """Local passes over a client's training data per round."""
+    steps: int | None = Field(None, ge=1, lt=2**31, strict=True)
+    """Local steps that stand for one such pass: so many full batches, and the next round goes on
+    where this one ended. By default a pass is one over all data."""
     batch_size: int = Field(32, ge=1, lt=2**31, strict=True)
     """Samples per local step; the last batch of an epoch may be smaller."""
 
@@ -51,6 +54,10 @@ class Training(BaseModel):
         if (self.lr_end is None) != (self.lr_rounds is None):
             raise ValueError("lr_end and lr_rounds go together")
         return self
+
+    def batches(self, samples: int) -> int:
+        """Return the local steps of one pass over a client's training samples."""
+        return self.steps or -(-samples // self.batch_size)
 
     def rate(self, number: int) -> float:
         """Return the learning rate of a round t of T: lr (lr_end / lr)^((t - 1) / (T - 1)).

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hansa.seeding import numpy_generator
 
-Fate = Literal["ok", "late", "failed"]
+Fate = Literal["ok", "late", "failed", "spent"]
 
 
 class Participation(BaseModel):

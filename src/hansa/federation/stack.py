@@ -24,6 +24,7 @@ from hansa.federation.compiled import Program, Programs, fill, masked
 from hansa.federation.engines.plan import Plan
 from hansa.federation.leaf import (
     SCORED_SPLITS,
+    SPENT,
     DivergedError,
     Job,
     Leaf,
@@ -31,8 +32,9 @@ from hansa.federation.leaf import (
     Scores,
     Trained,
     check_work,
+    is_affordable,
 )
-from hansa.federation.message import State, Tensors
+from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Work, scheduled
 from hansa.federation.node import Node, Setup
 from hansa.federation.optimizer import Training
@@ -44,7 +46,7 @@ T = TypeVar("T")
 Step = Callable[[Work, Batch], Work]
 Model = tuple[Tensors, Tensors]
 EVALUATED = 1024
-"""Samples that are scored in one call, over all clients of a stack."""
+"""Labels that are scored in one call, over all clients of a stack."""
 
 _log = logging.getLogger("hansa.engine")
 
@@ -82,16 +84,23 @@ class Stack:
 
     def train(self, jobs: Sequence[Job]) -> list[Trained | DivergedError]:
         """Return each leaf's new state, its reply and its training metrics, or its error."""
-        method, items, states = self.leaf.method, [], []
-        for job in jobs:
+        method, items, about = self.leaf.method, [], []
+        found: dict[int, Trained | DivergedError] = {}
+        for number, job in enumerate(jobs):
             node = self.leaf.node(job)
-            states.append(method.receive(node, job.state, job.down))
-            items.append(Item(node, job.client, method.begin(node, states[-1])))
+            if not is_affordable(node, job.state):
+                found[number] = job.state, Message(), SPENT
+                continue
+            state = method.receive(node, job.state, job.down)
+            items.append(Item(node, job.client, method.begin(node, state)))
+            about.append((number, job, state))
         works = self.fit(items, self.leaf.setup.training.epochs)
-        return [
-            work if isinstance(work, DivergedError) else self.leaf.end(item.node, state, work)
-            for item, state, work in zip(items, states, works, strict=True)
-        ]
+        for (number, job, state), item, work in zip(about, items, works, strict=True):
+            if isinstance(work, DivergedError):
+                found[number] = work
+            else:
+                found[number] = self.leaf.end(item.node, job, state, work)
+        return [found[number] for number in range(len(jobs))]
 
     def score(self, jobs: Sequence[Job]) -> list[Scores | DivergedError]:
         """Return the metrics of each leaf's model by split, and of its state, or its error."""
@@ -123,6 +132,9 @@ class Stack:
 
         def alone(item: Item) -> Work | DivergedError:
             return _caught(self.leaf.fit, item.node, item.work, item.client, epochs)
+
+        if self.leaf.setup.rules:  # a stack has one setup, which knows no node's privacy
+            return [alone(item) for item in items]
 
         def together(group: list[Item]) -> list[Work | DivergedError]:
             stages = self.leaf.method.stages(group[0].node, group[0].work, epochs)
@@ -301,15 +313,17 @@ class Stack:
                 return pure.loss(work["params"], work["buffers"], batch, training=False)[1]
 
             call = vmap(one, in_dims=(None if shared else 0, 0))
-            totals = torch.zeros(3, len(group), dtype=torch.float64, device=self._device)
-            for batch in pool.all(max(1, EVALUATED // len(group))):
+            objective = task.objective
+            shape = len(objective.sums), len(group)
+            totals = torch.zeros(shape, dtype=torch.float64, device=self._device)
+            each = max(1, group[0].client.labels[:1].numel())  # labels of a sample
+            for batch in pool.all(max(1, EVALUATED // (len(group) * each))):
                 metrics = call(held, batch)
-                rows = [metrics[name].double() for name in ("loss", "accuracy", "count")]
-                totals += torch.stack(rows)
-            loss, accuracy, count = totals.tolist()
+                totals += torch.stack([metrics[name].double() for name in objective.sums])
+            columns = totals.T.tolist()
             return [
-                {"loss": (loss[k], count[k]), "accuracy": (accuracy[k], count[k])}
-                for k in range(len(group))
+                objective.totals(dict(zip(objective.sums, column, strict=True)))
+                for column in columns
             ]
 
         with torch.no_grad():

@@ -16,24 +16,31 @@ class Tree:
     visited in the order of their paths, so that sums do not depend on how the tree was written.
     """
 
-    def __init__(self, parents: Mapping[str, str]) -> None:
+    def __init__(self, parents: Mapping[str, str], key: str = "tree") -> None:
         """Build a tree from each node's parent: ``{"north": "root", "ward-1": "north"}``.
+
+        Args:
+            parents: node -> its parent.
+            key: configuration key of the nodes, for errors.
 
         Raises:
             InputError: no node, a name that cannot be a path, an unknown parent, a cycle.
         """
         if not parents:
-            raise InputError("tree", "no node", "at least one node below the root")
+            raise InputError(key, "no node", "at least one node below the root")
         for name, parent in parents.items():
             if not is_name(name):
                 raise InputError(
-                    f"tree.{name}",
+                    f"{key}.{name}",
                     f"the name {name!r}",
                     "letters, digits, '.', '_' and '-', at most 64, and not 'root'",
                 )
             if parent != ROOT and parent not in parents:
-                raise InputError(f"tree.{name}", f"the parent {parent!r}", "'root' or a named node")
-        paths = {name: _path(name, parents) for name in parents}
+                raise InputError(
+                    f"{key}.{name}", f"the parent {parent!r}", "'root' or a named node"
+                )
+        paths = {name: _path(name, parents, key) for name in parents}
+        self._paths = {ROOT: ROOT, **paths}
         below: dict[str, list[str]] = {}
         for name, path in sorted(paths.items(), key=lambda item: item[1]):
             below.setdefault(paths.get(parents[name], ROOT), []).append(path)
@@ -69,6 +76,14 @@ class Tree:
         """Return the paths of a node's children, sorted; none for a leaf."""
         return self._children.get(path, ())
 
+    def path_of(self, name: str) -> str:
+        """Return the path of a node.
+
+        Raises:
+            KeyError: no such node.
+        """
+        return self._paths[name]
+
     def is_leaf(self, path: str) -> bool:
         """Tell whether a node has no children."""
         return path not in self._children
@@ -99,11 +114,11 @@ def name_of(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _path(name: str, parents: Mapping[str, str]) -> str:
+def _path(name: str, parents: Mapping[str, str], key: str) -> str:
     names = [name]
     while parents[names[-1]] != ROOT:
         if parents[names[-1]] in names:
             circle = " -> ".join([*names, parents[names[-1]]])
-            raise InputError(f"tree.{name}", f"the cycle {circle}", "parents that lead to 'root'")
+            raise InputError(f"{key}.{name}", f"the cycle {circle}", "parents that lead to 'root'")
         names.append(parents[names[-1]])
     return "/".join([ROOT, *reversed(names)])

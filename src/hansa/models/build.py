@@ -4,7 +4,7 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,18 @@ from torch import nn
 from hansa.bundle import Bundle
 from hansa.errors import InputError
 from hansa.models.images import CNN, MLP, VGG16, ResNet18, ResNet20
+from hansa.models.language import LANGUAGE, read_config
+from hansa.models.objective import CLASSIFICATION, NextToken, Objective
 from hansa.models.resize import resize
 from hansa.seeding import global_stream
 
-BUILT_IN: dict[str, type[nn.Module]] = {
+BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "cnn": CNN,
     "resnet18": ResNet18,
     "resnet20": ResNet20,
     "vgg16": VGG16,
+    **LANGUAGE,
 }
 
 
@@ -37,11 +40,47 @@ class Architecture(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the class beside the shape and the classes."""
     shape: tuple[int, ...]
-    """Shape of one input, without the batch."""
+    """Shape of one input, without the batch; of text the context, in tokens."""
     classes: int = Field(ge=2)
-    """Number of classes."""
+    """Number of classes; of text the size of the vocabulary."""
     channels: dict[str, dict[str, int]] | None = None
     """Layer -> sizes, of a model that has fewer channels than its class builds."""
+
+    @property
+    def is_language(self) -> bool:
+        """Whether it maps tokens to the logits of the token after each."""
+        return self.name in LANGUAGE
+
+
+def resolved(architecture: Architecture) -> Architecture:
+    """Return an architecture that needs no file beside it.
+
+    The path of a language model's ``config.json`` is replaced by the values there; any other
+    architecture is returned as it is.
+
+    Raises:
+        InputError: no such file, or none of values.
+    """
+    if (path := _config_path(architecture)) is None:
+        return architecture
+    options = {**architecture.options, "config": read_config(path)}
+    return architecture.model_copy(update={"options": options})
+
+
+def _config_path(architecture: Architecture) -> str | None:
+    config = architecture.options.get("config")
+    is_path = architecture.name == "transformers" and isinstance(config, str)
+    return config if is_path else None
+
+
+def objective_of(architecture: Architecture, bytes_of: torch.Tensor | None = None) -> Objective:
+    """Return the objective that a model is trained by.
+
+    Args:
+        architecture: the model.
+        bytes_of: bytes of text that each token stands for, int64 [classes]; None for one each.
+    """
+    return NextToken(bytes_of) if architecture.is_language else CLASSIFICATION
 
 
 def build(
@@ -60,8 +99,15 @@ def build(
 
     Raises:
         InputError: unknown name, a module or class that is not there or not trusted, options that
-            the class does not take, or a model that does not map the shape to the classes.
+            the class does not take, or a model that does not map the shape to the classes; a path
+            of a language model's configuration in a file from elsewhere.
     """
+    if trusted is None:
+        architecture = resolved(architecture)
+    elif _config_path(architecture) is not None:
+        raise InputError(
+            "model.options.config", "a path in a file from elsewhere", "the values themselves"
+        )
     kind = BUILT_IN.get(architecture.name) or _import(architecture.name, trusted)
     try:
         parameters = dict(inspect.signature(kind).parameters)
@@ -115,26 +161,30 @@ def check_output(model: nn.Module, architecture: Architecture) -> None:
     """Try the model on two empty inputs.
 
     Raises:
-        InputError: it is no module, fails on them, or does not return [2, classes].
+        InputError: it is no module, fails on them, or does not return [2, classes]; of a language
+            model [2, T, classes].
     """
     if not isinstance(model, nn.Module):
         raise InputError("model.name", architecture.name, "a subclass of torch.nn.Module")
+    text = architecture.is_language
+    wanted = (2, *(architecture.shape if text else ()), architecture.classes)
+    inputs = torch.zeros(2, *architecture.shape, dtype=torch.int64 if text else None)
     was = model.training
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(torch.zeros(2, *architecture.shape))
+            logits = model(inputs)
         found = str(tuple(logits.shape))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         found = f"an error: {str(error).strip().partition(chr(10))[0]}"
     finally:
         model.train(was)
-    if found != str((2, architecture.classes)):
+    if found != str(wanted):
         raise InputError(
             "model.name",
             f"{architecture.name}, which maps inputs of shape (2, "
             f"{', '.join(map(str, architecture.shape))}) to {found}",
-            f"a model that returns logits of shape (2, {architecture.classes})",
+            f"a model that returns logits of shape {wanted}",
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("model.name", f"{architecture.name} without trainable parameters", "some")

@@ -1,42 +1,46 @@
-"""A task: a model and a loss as pure functions of parameters, buffers and a batch."""
+"""A task: a model and an objective as pure functions of parameters, buffers and a batch."""
 
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad
 
 from hansa.models.masks import finalise, masks_of
+from hansa.models.objective import CLASSIFICATION, Metrics, Objective
 
 Tensors = Mapping[str, torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Inputs [batch, ...], class numbers [batch], and maybe weights [batch]: 1 for a sample, 0 for
-what only fills the batch up and changes nothing."""
-Metrics = dict[str, torch.Tensor]
+"""Inputs [batch, ...], labels [batch] (class numbers) or [batch, T] (tokens), and maybe weights
+[batch]: 1 for a sample, 0 for what only fills the batch up and changes nothing."""
 
 
 class Task:
-    """Classification of inputs by a module that returns logits [batch, classes].
+    """A module that returns logits, and an objective; by default classification of its inputs.
 
     The module is only a recipe: its parameters and buffers travel as arguments. Parameters are
     known by their names in ``named_parameters()``, so tied parameters count once; those that do
     not require a gradient are part of the recipe and never travel.
 
+    Args:
+        module: maps inputs [batch, ...] to the logits that the objective takes.
+        objective: makes a loss and metrics of logits and labels.
+
     Attributes:
+        objective: as given.
         params: name -> initial value of every trainable parameter.
         buffers: name -> initial value of every buffer (running statistics).
         masks: name -> bool tensor of the masks that are part of the module (``models.masks``):
             what is masked counts as zero whatever its value, and has no gradient.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, objective: Objective = CLASSIFICATION) -> None:
         if masks_of(module):  # from here on parameters go by their plain names
             module = copy.deepcopy(module)
         self.masks = finalise(module)
-        self.module = module
+        self.module, self.objective = module, objective
         # Contiguous, as tensors are that come out of a message: layouts choose kernels, and those
         # round in their own ways.
         self.params = {
@@ -59,25 +63,26 @@ class Task:
         module = adapt(self.module)
         if module is self.module:
             return self
-        task = Task(module)
+        task = Task(module, self.objective)
         task.masks = self.masks  # taken off the module before it was adapted
         return task
 
     def loss(
         self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True
     ) -> tuple[torch.Tensor, Metrics]:
-        """Return the mean cross-entropy over a batch, and its metrics as sums.
+        """Return the objective's mean loss over a batch, and its metrics as sums.
 
         Running statistics are updated in place in ``buffers`` when training.
 
         Args:
             params: name -> parameter.
             buffers: name -> buffer.
-            batch: inputs [batch, ...], class numbers [batch], and maybe weights [batch].
+            batch: inputs [batch, ...], labels [batch, ...], and maybe weights [batch].
             training: whether layers such as dropout and BatchNorm act as in training.
 
         Returns:
-            The scalar loss, and ``{"loss": sum, "accuracy": number correct, "count": batch}``.
+            The scalar loss, and ``{"loss": sum, "accuracy": number right, "count": labels}`` with
+            whatever else the objective's ``sums`` has.
         """
         inputs, labels, *weights = batch
         if self.module.training is not training:
@@ -88,16 +93,7 @@ class Task:
         # Ties are resolved above, once: PyTorch would look for them at every call, and leaves
         # these tensors in a module that is used in two places.
         logits = functional_call(self.module, tensors, (inputs,), tie_weights=False)
-        correct = logits.detach().argmax(1) == labels
-        if weights:
-            count = weights[0].sum()
-            total = (F.cross_entropy(logits, labels, reduction="none") * weights[0]).sum()
-            # Where every weight is 0 the loss is 0 as well.
-            loss, correct = total / count.clamp(min=1), (correct * weights[0]).sum()
-            return loss, {"loss": total.detach(), "accuracy": correct, "count": count}
-        loss, num = F.cross_entropy(logits, labels), len(labels)
-        count = torch.full_like(loss, num, requires_grad=False)
-        return loss, {"loss": loss.detach() * num, "accuracy": correct.sum(), "count": count}
+        return self.objective.loss(logits, labels, weights[0] if weights else None)
 
     def gradients(
         self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True
@@ -113,15 +109,24 @@ class Task:
     def evaluate(
         self, params: Tensors, buffers: Tensors, data: Batch, batch_size: int = 1024
     ) -> dict[str, tuple[float, float]]:
-        """Return metrics over a data set as (sum, count), in evaluation mode."""
-        totals: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
+        """Return metrics over a data set as (sum, count), in evaluation mode.
+
+        Args:
+            params: name -> parameter.
+            buffers: name -> buffer.
+            data: inputs [n, ...], labels [n, ...], and maybe weights [n].
+            batch_size: most labels at once, which are more than samples where a sample is a
+                sequence; one sample at least.
+        """
+        sums = dict.fromkeys(self.objective.sums, 0.0)
         buffers = {name: b.clone() for name, b in buffers.items()}
-        chunks = zip(*(part.split(batch_size) for part in data), strict=True)
+        rows = max(1, batch_size // max(1, data[1][:1].numel()))
+        chunks = zip(*(part.split(rows) for part in data), strict=True)
         for chunk in chunks:
             _, metrics = self.loss(params, buffers, chunk, training=False)
-            for name in totals:
-                totals[name] += float(metrics[name])
-        return {name: (total, float(len(data[1]))) for name, total in totals.items()}
+            for name in sums:
+                sums[name] += float(metrics[name])
+        return self.objective.totals(sums)
 
     def materialise(self, params: Tensors, buffers: Tensors) -> nn.Module:
         """Return a module of its own that holds these parameters and buffers."""
@@ -155,6 +160,7 @@ class PureTask(Task):
         self._unused, self._device, self._low = unused, device, precision == "bfloat16"
         if device != "cpu":  # frozen parameters are part of the module
             self.module = copy.deepcopy(task.module).to(device)
+            self.objective = task.objective.to(device)
             self.params = {name: p.to(device) for name, p in task.params.items()}
             self.buffers = {name: b.to(device) for name, b in task.buffers.items()}
             self.masks = {name: mask.to(device) for name, mask in task.masks.items()}
@@ -173,14 +179,14 @@ class PureTask(Task):
     ) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor], Metrics]:
         """Return what a task's own ``gradients`` returns."""
 
-        def objective(params: Tensors) -> tuple[torch.Tensor, tuple[dict[str, Any], Metrics]]:
+        def value(params: Tensors) -> tuple[torch.Tensor, tuple[dict[str, Any], Metrics]]:
             after = {name: b.clone() for name, b in buffers.items()}
             loss, metrics = self.loss(params, after, batch, training)
             return loss, (after, metrics)
 
         used = {name: p for name, p in params.items() if name not in self._unused}
         fixed = {name: params[name] for name in self._unused}
-        gradients, (after, metrics) = grad(lambda p: objective(p | fixed), has_aux=True)(used)
+        gradients, (after, metrics) = grad(lambda p: value(p | fixed), has_aux=True)(used)
         return {name: gradients.get(name) for name in params}, after, metrics
 
 

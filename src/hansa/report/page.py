@@ -1,17 +1,19 @@
 """Write the report page of one run, or of several side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from hansa.errors import InputError
 from hansa.federation.tree import ROOT
 from hansa.files import write_atomic
+from hansa.report import language
+from hansa.report.effort import private_nodes
+from hansa.report.parts import Part, plot, table
 from hansa.report.plots import Series, dots, heatmap, lines, size
 from hansa.runs import Run
 
@@ -33,19 +35,39 @@ def report(runs: Sequence[Run], out: Path | None = None) -> Path:
         out: the page; by default ``report.html`` in the folder of the first run.
 
     Raises:
-        InputError: a run without a whole round, or a page that cannot be written.
+        InputError: a run without a whole round, runs of classifiers beside such of language
+            models, or a page that cannot be written.
     """
+    is_language = runs[0].config.text is not None
     for run in runs:
         if not run.history.num_rounds:
             raise InputError(str(run.path), "a run without a whole round", "at least one round")
+        if (run.config.text is not None) != is_language:
+            raise InputError(
+                str(run.path), "a run of another kind", "only language models, or only classifiers"
+            )
     labelled = dict(zip(_labels(runs), runs, strict=True))
+    absent, speed = _absences(labelled, is_language), _speed(labelled, is_language)
+    first, seed = runs[0], f"seed {runs[0].config.seed}"
+    content: dict[str, Any]
+    if is_language:
+        content = {
+            "lead": language.lead(first, f"{_methods(labelled)}, {seed}"),
+            "tables": [language.results(labelled), *absent, speed],
+            "scored": [],
+            "plots": language.plots(labelled),
+        }
+    else:
+        content = {
+            "lead": lead(first, seed),
+            "tables": [_results(labelled), *absent, speed],
+            "scored": [(k, SCORED[run.config.method.scored]) for k, run in labelled.items()],
+            "plots": _plots(labelled),
+        }
     return write_page(
         out or runs[0].path / "report.html",
         title=", ".join(labelled) if len(runs) > 1 else runs[0].path.resolve().name,
-        lead=lead(runs[0], f"seed {runs[0].config.seed}"),
-        tables=[_results(labelled), *_absences(labelled), _speed(labelled)],
-        scored=[(label, SCORED[run.config.method.scored]) for label, run in labelled.items()],
-        plots=_plots(labelled),
+        **content,
         configurations=[
             (f"{label}, data fingerprint {run.data_fingerprint[:16]}", run.config.as_toml())
             for label, run in labelled.items()
@@ -85,6 +107,11 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return methods
 
 
+def _methods(labels: Iterable[str]) -> str:
+    names = list(labels)
+    return f"method{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
 def lead(run: Run, more: str) -> str:
     """Return one line about what runs of a page have in common."""
     config, history = run.config, run.history
@@ -95,7 +122,7 @@ def lead(run: Run, more: str) -> str:
     )
 
 
-def _results(runs: dict[str, Run]) -> dict[str, Any]:
+def _results(runs: dict[str, Run]) -> Part:
     rows = []
     summaries = {label: run.history.summary() for label, run in runs.items()}
     # Positions cost more in the papers' count than here: so it is larger where uploads are sparse.
@@ -137,40 +164,46 @@ def _results(runs: dict[str, Run]) -> dict[str, Any]:
     }
 
 
-def _speed(runs: dict[str, Run]) -> dict[str, Any]:
+def _speed(runs: dict[str, Run], is_language: bool = False) -> Part:
+    what = "tokens" if is_language else "samples"
+    whose = "nodes" if is_language else "clients"
     rows = []
     for label, run in runs.items():
         speed = run.history.summary()["speed"]
         rates = (speed["rounds_per_minute"], speed["samples_per_second"])
         rows.append([label, *(f"{rate:,.0f}" for rate in rates), speed["engine"]])
-    return {
-        "title": "Speed",
-        "columns": ["method", "rounds/min", "samples/s", "engine"],
-        "rows": rows,
-        "folded": False,
-        "note": "Over the wall seconds of all rounds, scoring included; samples are those that "
-        "clients trained on.",
-    }
+    note = (
+        f"Over the wall seconds of all rounds, scoring included; {what} are those that {whose} "
+        "trained on."
+    )
+    if is_language and any(map(private_nodes, runs.values())):
+        note += " Those of private training are not counted, since it tells nothing of itself."
+    return table("Speed", ["method", "rounds/min", f"{what}/s", "engine"], rows, note)
 
 
-def _absences(runs: dict[str, Run]) -> list[dict[str, Any]]:
+def _absences(runs: dict[str, Run], is_language: bool = False) -> list[Part]:
+    fates = {label: run.history.table("ledger")["fate"].to_pylist() for label, run in runs.items()}
+    spent = any("spent" in row for row in fates.values())
+    kinds = ["ok", "late", "failed", *(["spent"] if spent else [])]
     rows = []
-    for label, run in runs.items():
-        fates = run.history.table("ledger")["fate"].to_pylist()
-        counts = [fates.count(fate) for fate in ("ok", "late", "failed")]
+    for label, row in fates.items():
+        counts = [row.count(kind) for kind in kinds]
         if any(counts[1:]):
-            rows.append([label, len(fates), *counts])
-    title = "Clients that were late or failed"
+            rows.append([label, len(row), *counts])
+    whose = "Nodes" if is_language else "Clients"
+    title = f"{whose} that were late or failed" + (", or had spent their budget" if spent else "")
+    note = "Budget spent: private training of one more round would have gone beyond its epsilon."
     columns = ["method", "asked", "answered", "late", "failed"]
-    table = {"title": title, "columns": columns, "rows": rows, "folded": False, "note": ""}
-    return [table] if rows else []
+    if spent:
+        columns.append("budget spent")
+    return [table(title, columns, rows, note if spent else "")] if rows else []
 
 
 def _percent(values: dict[str, float] | None, key: str) -> str:
     return "-" if values is None else f"{100 * values[key]:.1f} %"
 
 
-def _plots(runs: dict[str, Run]) -> list[dict[str, Any]]:
+def _plots(runs: dict[str, Run]) -> list[Part]:
     accuracy, traffic = {}, {}
     last: dict[str, dict[str, float]] = {}
     for label, run in runs.items():
@@ -209,7 +242,7 @@ def _plots(runs: dict[str, Run]) -> list[dict[str, Any]]:
     return plots
 
 
-def masks_of(label: str, run: Run) -> list[dict[str, Any]]:
+def masks_of(label: str, run: Run) -> list[Part]:
     """Return plots of the masks of a run over its rounds, where its method has any."""
     plots = []
     for kind in MASKED:
@@ -244,7 +277,7 @@ def masks_of(label: str, run: Run) -> list[dict[str, Any]]:
     return plots
 
 
-def matrices_of(label: str, run: Run, folded: bool) -> list[dict[str, Any]]:
+def matrices_of(label: str, run: Run, folded: bool) -> list[Part]:
     """Return heat maps of clients against clients, where the run compared them."""
     plots = []
     crossed = run.history.pairs("accuracy")
@@ -260,13 +293,6 @@ def matrices_of(label: str, run: Run, folded: bool) -> list[dict[str, Any]]:
         caption = "Intersection over union of two clients' masked entries, in percent."
         plots.append(plot(title, caption, svg, folded))
     return plots
-
-
-def plot(title: str, caption: str, svg: str, folded: bool = False) -> dict[str, Any]:
-    """Return a plot as the template takes it; a folded one is opened by a click."""
-    # The SVG is matplotlib's own output; the texts in it were escaped when it was written.
-    svg = Markup(svg)  # noqa: S704
-    return {"title": title, "caption": caption, "svg": svg, "folded": folded}
 
 
 def _shares(run: Run, prefix: str, node: str | None = None) -> Series:

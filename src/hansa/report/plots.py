@@ -2,16 +2,19 @@
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("svg")
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 # Okabe and Ito's palette, told apart by people with any colour vision; lines differ in dash and
 # marker as well.
@@ -23,7 +26,8 @@ _INK = "#010203"  # stands for the page's own text colour until the SVG is writt
 MAX_NUMBERED = 16
 """Rows of a heat map up to which its cells hold numbers."""
 
-Series = Mapping[str, Sequence[tuple[float, float]]]
+Points = Sequence[tuple[float, float]]
+Series = Mapping[str, Points]
 
 
 def lines(
@@ -35,10 +39,13 @@ def lines(
     percent: bool = False,
     whole: bool = True,
     bytes_: bool = False,
+    log: bool = False,
+    counts: bool = False,
 ) -> str:
     """Return one line per series over points (x, y), with a legend beside the plot.
 
     ``percent`` shows shares, on an axis from 0 to 100 % where ``whole``, else as far as they go.
+    ``log`` makes the axis logarithmic, ``counts`` marks whole numbers only.
     """
     figure, axes = _figure(title, x, y)
     for k, (name, points) in enumerate(series.items()):
@@ -59,7 +66,54 @@ def lines(
     if percent and not whole:
         axes.set_ylim(0, 1.1 * max(y for points in series.values() for _, y in points))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    if counts:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if log:
+        _logarithmic(axes, [y for points in series.values() for _, y in points])
     return _svg(figure, axes)
+
+
+def moments(
+    panels: Mapping[str, Mapping[str, tuple[Points, Points]]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    names: tuple[str, str],
+) -> str:
+    """Return two lines per series, solid and dashed, on logarithmic axes of one range.
+
+    Args:
+        panels: title of a panel -> series -> points (x, y) of its solid and of its dashed line.
+        title: the name of the plot.
+        x: what runs along a panel.
+        y: what runs up.
+        names: what the solid and the dashed lines are.
+    """
+    figure = Figure(
+        figsize=(7.2, 0.6 + (2.8 if len(panels) == 1 else 2.1) * len(panels)), layout="constrained"
+    )
+    rows = figure.subplots(len(panels), squeeze=False, sharex=True, sharey=True)[:, 0]
+    drawn = [
+        value for made in panels.values() for p in made.values() for line in p for _, value in line
+    ]
+    for number, (axes, (name, series)) in enumerate(zip(rows, panels.items(), strict=True)):
+        _dress(axes, name, x if number == len(panels) - 1 else "", y)
+        handles = []
+        for k, (label, both) in enumerate(series.items()):
+            colour, marker = COLOURS[k % len(COLOURS)], MARKERS[(k + k // 6) % len(MARKERS)]
+            for points, dash in zip(both, ("-", "--"), strict=True):
+                xs, ys = [p[0] for p in points], [p[1] for p in points]
+                every = max(1, len(xs) // 10)
+                style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.5}
+                axes.plot(xs, ys, linestyle=dash, markevery=every, **style)
+            handles.append(Line2D([], [], color=colour, marker=marker, label=label))
+        for text, dash in zip(names if number == 0 else (), ("-", "--"), strict=False):
+            handles += axes.plot([], [], color=_INK, linestyle=dash, label=text)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(axes, handles)
+    _logarithmic(rows[0], drawn)
+    return _written(figure, title)
 
 
 def dots(values: Mapping[str, Mapping[str, float]], *, title: str, x: str, y: str) -> str:
@@ -84,19 +138,37 @@ def dots(values: Mapping[str, Mapping[str, float]], *, title: str, x: str, y: st
     return _svg(figure, axes)
 
 
-def strips(values: Mapping[str, Sequence[float]], *, title: str, x: str) -> str:
-    """Return one row of points per series, with its mean: series -> shares between 0 and 1."""
+def strips(
+    values: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    x: str,
+    one: str = "a client in one seed",
+    log: bool = False,
+) -> str:
+    """Return one row of points per series, with its mean.
+
+    Args:
+        values: series -> shares between 0 and 1, or with ``log`` any numbers above 0.
+        title: the name of the plot.
+        x: what runs along it.
+        one: what a point stands for.
+        log: whether the axis is logarithmic.
+    """
     figure, axes = _figure(title, x, "")
     figure.set_figheight(1.2 + 0.3 * len(values))
     for k, row in enumerate(values.values()):
         axes.plot(row, [k] * len(row), "o", color=COLOURS[0], alpha=0.35, markersize=5)
         axes.plot([sum(row) / len(row)], [k], "|", color=COLOURS[1], markersize=16, mew=2.5)
-    axes.plot([], [], "o", color=COLOURS[0], alpha=0.35, label="a client in one seed")
+    axes.plot([], [], "o", color=COLOURS[0], alpha=0.35, label=one)
     axes.plot([], [], "|", color=COLOURS[1], markersize=10, mew=2.5, label="mean")
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
-    axes.set_xlim(-0.03, 1.03)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    if log:
+        _logarithmic(axes, [value for row in values.values() for value in row], along_x=True)
+    else:
+        axes.set_xlim(-0.03, 1.03)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     return _svg(figure, axes)
 
 
@@ -106,28 +178,180 @@ def heatmap(
     """Return a matrix of (row, column) -> share between 0 and ``up_to``, with numbers in it."""
     rows = sorted({row for row, _ in values})
     columns = sorted({column for _, column in values})
-    figure, axes = _figure(title, x, y)
-    side = max(3.4, 1.6 + 0.3 * len(rows))
-    figure.set_size_inches(side + 1.6, side)
+    return _mesh(
+        values,
+        _Look(
+            rows,
+            columns,
+            bounds=(0.0, up_to),
+            text=(lambda v: f"{100 * v:.0f}") if len(rows) <= MAX_NUMBERED else None,
+            scale=lambda value: f"{value:.0%}",
+        ),
+        (title, x, y),
+    )
+
+
+def matrix(
+    values: Mapping[tuple[str, str], float],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str,
+    x: str,
+    y: str,
+) -> str:
+    """Return a matrix of (row, column) -> any number, two decimals in every cell; dark is high.
+
+    Args:
+        values: the numbers.
+        rows: from top to bottom.
+        columns: from left to right.
+        title: the name of the plot.
+        x: what the columns are.
+        y: what the rows are.
+    """
+    shown = list(values.values())
+    look = _Look(
+        rows,
+        columns,
+        bounds=(min(shown), max(shown)),
+        text=lambda value: f"{value:.2f}",
+        scale=lambda value: f"{value:.2f}",
+        colours="viridis_r",
+        cell=0.44,
+        size=8.5,
+        least=2.4,
+    )
+    svg = _mesh(values, look, (title, x, y))
+    # Text of one size, however many rows there are: a large one is wider than the page.
+    width = float(svg.partition('viewBox="0 0 ')[2].partition(" ")[0])
+    style = f"max-width:{1.5 * width:.0f}px;min-width:{1.15 * width:.0f}px"
+    return svg.replace("<svg ", f'<svg style="{style}" ', 1)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How a matrix is drawn: order, range of colours, text in cells (or none) and at the scale.
+
+    ``cell`` is the side of a cell and ``least`` the least height of all, in inches; ``size`` is
+    that of the text in cells, in points.
+    """
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    bounds: tuple[float, float]
+    text: Callable[[float], str] | None
+    scale: Callable[[float], str]
+    colours: str = "viridis"
+    cell: float = 0.3
+    size: float = 10
+    least: float = 3.4
+
+
+def _mesh(values: Mapping[tuple[str, str], float], look: _Look, names: tuple[str, str, str]) -> str:
+    """Return a matrix with a scale beside it; ``names`` are its title, x and y."""
+    rows, columns = look.rows, look.columns
+    low, high = look.bounds
+    figure, axes = _figure(*names)
+    height = max(look.least, 1.6 + look.cell * len(rows))
+    figure.set_size_inches(max(3.4, 1.6 + look.cell * len(columns)) + 1.6, height)
     grid = [[values.get((row, column), float("nan")) for column in columns] for row in rows]
-    mesh = axes.pcolormesh(grid, cmap="viridis", vmin=0.0, vmax=up_to)
+    mesh = axes.pcolormesh(grid, cmap=look.colours, vmin=low, vmax=high)
     axes.set_xticks([k + 0.5 for k in range(len(columns))], columns, rotation=90)
     axes.set_yticks([k + 0.5 for k in range(len(rows))], rows)
     axes.invert_yaxis()
     axes.set_aspect("equal")
     axes.grid(False)
-    if len(rows) <= MAX_NUMBERED:
-        for k, line in enumerate(grid):
-            for i, value in enumerate(line):
-                if value == value:
-                    colour = "black" if value > up_to / 2 else "white"
-                    text = f"{100 * value:.0f}"
-                    axes.text(i + 0.5, k + 0.5, text, ha="center", va="center", color=colour)
-    bar = figure.colorbar(mesh, format=FuncFormatter(lambda value, _: f"{value:.0%}"))
+    for k, line in enumerate(grid if look.text else ()):
+        for i, value in enumerate(line):
+            if value == value and look.text:
+                red, green, blue, _ = mesh.to_rgba(np.array(value))
+                light = 0.3 * red + 0.59 * green + 0.11 * blue > 0.45
+                axes.text(
+                    i + 0.5,
+                    k + 0.5,
+                    look.text(value),
+                    ha="center",
+                    va="center",
+                    color="black" if light else "white",
+                    fontsize=look.size,
+                )
+    bar = figure.colorbar(mesh, format=FuncFormatter(lambda value, _: look.scale(value)))
     if bar.solids is not None:
         bar.solids.set_rasterized(False)  # a raster would be an image file inside the page
     bar.ax.tick_params(colors=_INK)
     return _svg(figure, axes)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Shares that make up a whole, over points.
+
+    Attributes:
+        xs: the points.
+        shares: name -> share at every point, between 0 and 1.
+        line: a share at every point, drawn over the bars.
+    """
+
+    xs: Sequence[float]
+    shares: Mapping[str, Sequence[float]]
+    line: Sequence[float]
+
+
+def stacks(panels: Mapping[str, Stack], *, title: str, x: str, line: str) -> str:
+    """Return stacked bars in two columns of panels, each share named at its end.
+
+    Args:
+        panels: title of a panel -> what it shows.
+        title: the name of the plot.
+        x: what runs along a panel.
+        line: what the lines over the bars are.
+    """
+    num = -(-len(panels) // 2)
+    most = max(len(panel.shares) for panel in panels.values())
+    high = 0.5 + max(1.7, 0.17 * most)
+    figure = Figure(figsize=(7.2, 0.3 + high * num), layout="constrained")
+    grid = figure.subplots(num, 2, squeeze=False)
+    places = list(grid.flat)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (name, panel) in zip(places, panels.items(), strict=False):
+        _dress(axes, name, x, "")
+        axes.grid(False)
+        base = [0.0] * len(panel.xs)
+        for k, (label, shares) in enumerate(panel.shares.items()):
+            colour = COLOURS[k % len(COLOURS)]
+            axes.bar(
+                panel.xs,
+                shares,
+                bottom=base,
+                width=0.92,
+                color=colour,
+                alpha=0.75 if k < len(COLOURS) else 0.4,
+            )
+            if shares[-1] > 0:
+                axes.text(
+                    panel.xs[-1] + 0.7,
+                    base[-1] + shares[-1] / 2,
+                    f"{textwrap.shorten(label, 24, placeholder='...')} {shares[-1]:.0%}",
+                    va="center",
+                    fontsize=7.5,
+                    color=_INK,
+                )
+            base = [low + share for low, share in zip(base, shares, strict=True)]
+        axes.plot(panel.xs, panel.line, color=_INK, marker=".", linewidth=1.2)
+        axes.set_xlim(panel.xs[0] - 0.6, panel.xs[-1] + 0.6)
+        axes.set_ylim(0, 1.03)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(
+        handles=[Line2D([], [], color=_INK, marker=".", label=line)],
+        loc="outside lower left",
+        frameon=False,
+        labelcolor=_INK,
+        fontsize=9,
+    )
+    return _written(figure, title)
 
 
 def bars(values: Mapping[str, float], *, title: str, x: str) -> str:
@@ -176,6 +400,11 @@ def size(num: float) -> str:
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.add_subplot()
+    _dress(axes, title, x, y)
+    return figure, axes
+
+
+def _dress(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, color=_INK)
     axes.set_xlabel(x, color=_INK)
     axes.set_ylabel(y, color=_INK)
@@ -185,7 +414,6 @@ def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
         axes.spines[side].set_visible(False)
     for side in ("bottom", "left"):
         axes.spines[side].set_color(_INK)
-    return figure, axes
 
 
 def _format(axes: Axes, percent: bool, bytes_: bool) -> None:
@@ -197,17 +425,36 @@ def _format(axes: Axes, percent: bool, bytes_: bool) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
 
 
+def _logarithmic(axes: Axes, values: Sequence[float], along_x: bool = False) -> None:
+    """Make an axis logarithmic, with plain numbers at round values."""
+    axes.set_xscale("log") if along_x else axes.set_yscale("log")
+    axis = axes.xaxis if along_x else axes.yaxis
+    ratio = max(values) / min(values) if values else 1.0
+    subs = (1, 2, 5) if ratio > 20 else (1, 1.5, 2, 3, 4, 5, 7)
+    axis.set_major_locator(LogLocator(subs=subs) if ratio > 3 else MaxNLocator(6))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
 def _svg(figure: Figure, axes: Axes) -> str:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            loc="center left",
-            bbox_to_anchor=(1.01, 0.5),
-            frameon=False,
-            labelcolor=_INK,
-            fontsize=9,
-        )
+        _legend(axes)
+    return _written(figure, axes.get_title(loc="left"))
+
+
+def _legend(axes: Axes, handles: Sequence[Line2D] | None = None) -> None:
+    axes.legend(
+        handles=handles,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        labelcolor=_INK,
+        fontsize=9,
+    )
+
+
+def _written(figure: Figure, title: str) -> str:
     target = io.StringIO()
-    title = axes.get_title(loc="left")
     # The salt makes ids the same in every run and different between the plots of a page.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
         figure.savefig(

@@ -8,7 +8,8 @@ import torch
 
 from hansa.config import RunConfig
 from hansa.federation.message import Tensors
-from hansa.report.page import plot, write_page
+from hansa.report.page import write_page
+from hansa.report.parts import plot
 from hansa.report.plots import bars, histogram
 
 

@@ -76,6 +76,8 @@ class Chooser:
     def choose(self) -> Plan:
         """Return the plan to begin with, and say why."""
         options, short = self._options, self._steps() < SHORT
+        if self._engine.setup.rules:
+            return self._say(self._alone(), "nodes have rules of their own")
         if self._is_exact and short and options.kind in ("auto", "sequential"):
             return self._say(Plan(workers=self._workers(0.0)), "a short run")
         if options.kind == "sequential":
@@ -174,9 +176,9 @@ class Chooser:
     def _steps(self) -> float:
         """Return the local steps that lie ahead."""
         engine = self._engine
-        size = engine.setup.training.batch_size
         few = [self._clients[path] for path in self._first]
-        batches = sum(-(-client.count("train") // size) for client in few) / len(few)
+        training = engine.setup.training
+        batches = sum(training.batches(client.count("train")) for client in few) / len(few)
         return self._rounds * self._asked * batches * engine.method.passes(engine.setup)
 
     def _workers(self, seconds: float) -> int:
@@ -243,7 +245,7 @@ class Chooser:
     def _small(self, plan: Plan, num: int) -> LocalEngine:
         """Return an engine over the first clients, with a few batches each."""
         engine = self._engine
-        training = engine.setup.training.model_copy(update={"epochs": 1})
+        training = engine.setup.training.model_copy(update={"epochs": 1, "steps": None})
         clients = {}
         for k in range(num):  # as many as asked for, even where there are fewer
             client = self._clients[self._first[k % len(self._first)]]
@@ -278,7 +280,7 @@ class Chooser:
             engine.method.name,
             repr(setup.task.module),
             [(n, tuple(p.shape), str(p.dtype)) for n, p in setup.task.params.items()],
-            setup.training.model_dump_json(exclude={"epochs", "lr"}),
+            setup.training.model_dump_json(exclude={"epochs", "lr", "steps"}),
             tuple(self._clients[self._first[0]].inputs.shape[1:]),
             self._cohort,
             options.model_dump_json(),
@@ -290,9 +292,9 @@ class Chooser:
 
 def _timed(engine: LocalEngine) -> float:
     """Return the seconds per local step of one client, after a round that warms up."""
-    size, passes = engine.setup.training.batch_size, engine.method.passes(engine.setup)
+    training, passes = engine.setup.training, engine.method.passes(engine.setup)
     counts = [client.count("train") for client in engine.clients.values()]
-    steps = passes * sum(-(-count // size) for count in counts)
+    steps = passes * sum(training.batches(count) for count in counts)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

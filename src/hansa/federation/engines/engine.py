@@ -12,7 +12,16 @@ from typing import Literal
 
 import torch
 
-from hansa.federation.leaf import Metrics, Scores
+from hansa.data.clients import Client
+from hansa.federation.leaf import (
+    SCORED_SPLITS,
+    DivergedError,
+    Job,
+    Leaf,
+    Metrics,
+    Scores,
+    counted,
+)
 from hansa.federation.message import Message, State
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Child, Node, Reply, Setup
@@ -20,6 +29,8 @@ from hansa.federation.participation import Fate, Participation
 from hansa.federation.store import MemoryStore, Store, link_key
 from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import encoded_size
+
+SPENT_BUDGET = "the privacy budget is spent, so that it did not train"
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,8 @@ class RoundResult:
     root's ``state``. ``pairs`` compares clients (first, second, metric, sum, count): ``accuracy``
     of the first one's model on the second one's test data, and over the union of two clients'
     masks what is in both, ``iou`` for the whole model and ``iou:NAME`` for one parameter.
-    ``engine`` says how the work was done.
+    ``engine`` says how the work was done. ``figures`` is what nodes noted (node, other node, what,
+    value), where the method has them note anything.
     """
 
     number: int
@@ -64,6 +76,7 @@ class RoundResult:
     seconds: float
     pairs: tuple[tuple[str, str, str, float, float], ...] = ()
     engine: str = ""
+    figures: tuple[tuple[str, str, str, float], ...] = ()
 
     @property
     def samples(self) -> float:
@@ -88,11 +101,11 @@ class Engine(ABC):
 
     Args:
         tree: the nodes this engine walks.
-        samples: leaf -> its number of training samples.
+        samples: node with data -> its number of training samples.
         method: the federated algorithm.
         setup: what is the same at every node.
         seed: everything random in the run is derived from it.
-        participation: who is asked, fails or is late.
+        participation: who is asked, fails or is late, where a node has no rules of its own.
         on_failure: whether a client whose loss is no number stops the run or is dropped.
         top: the node from which the engine walks down.
     """
@@ -113,6 +126,11 @@ class Engine(ABC):
         self.participation = participation or Participation()
         self.store: Store = MemoryStore()
         self.rounds_done = 0
+        self.data: Mapping[str, Client] = {}
+        """Inner node -> the data of its own."""
+        self.scoring = True
+        """Whether the round under way is scored."""
+        self._own: dict[str, Visit] = {}
 
     @property
     @abstractmethod
@@ -148,19 +166,34 @@ class Engine(ABC):
             DivergedError: a leaf's loss is no number and ``on_failure`` is ``stop``.
         """
         start = perf_counter()
+        self.scoring = score
         visits: list[Visit] = []
         top = self.node(self.top, number)
         state = self.state(self.top)
         if down is not None:
             state = self.method.receive(top, state, down)
         self.visit(top, state, visits)
-        scores = self.scores(top) if score else {}
+        if self.top == ROOT and ROOT in self._own:
+            visits.append(self._own.pop(ROOT))
+        visits.sort(key=lambda visit: visit.path)
+        scores = dict(sorted(self.scores(top).items())) if score else {}
+        for visit in visits if score else ():
+            if trained := _after_training(visit.metrics):
+                scores.setdefault(visit.path, {})["test:trained"] = trained
         self.rounds_done = number
         compared = tuple(self.pairs()) if pairs else ()
+        figures = tuple(self.figures(visits))
         self.store.commit(number)
-        visits.sort(key=lambda visit: visit.path)
         seconds = perf_counter() - start
-        return RoundResult(number, tuple(visits), scores, seconds, compared, self.how)
+        return RoundResult(number, tuple(visits), scores, seconds, compared, self.how, figures)
+
+    def figures(self, visits: Iterable[Visit]) -> Iterator[tuple[str, str, str, float]]:
+        """Yield what nodes that took part noted in the states that are kept here."""
+        if type(self.method).figures is Method.figures:
+            return
+        for path in [self.top, *(v.path for v in visits if v.fate == "ok" and v.path != self.top)]:
+            for other, name, value in self.method.figures(self.store.get(path)):
+                yield path, other, name, value
 
     def scores(self, top: Node) -> dict[str, Scores]:
         """Return every leaf's scores, and the top node's figures about its own state."""
@@ -186,7 +219,7 @@ class Engine(ABC):
     def node(self, path: str, number: int) -> Node:
         """Return a node in a round."""
         num_children = len(self.tree.children(path))
-        return Node(path, number, self.samples.get(path, 0), self.setup, num_children)
+        return Node(path, number, self.samples.get(path, 0), self.setup.at(path), num_children)
 
     def children(self, path: str, chosen: Iterable[str]) -> Iterator[Child]:
         """Return children as their parent sees them."""
@@ -195,12 +228,14 @@ class Engine(ABC):
     def ask(self, node: Node, state: State) -> Iterator[Asked]:
         """Yield the children that are asked in a round, each with its message and its fate."""
         children = self.tree.children(node.path)
-        chosen = self.participation.choose(children, self.seed, node.path, node.round)
+        rules = self.setup.rules.get(node.path)
+        participation = (rules and rules.participation) or self.participation
+        chosen = participation.choose(children, self.seed, node.path, node.round)
         last, size = Message(), 0
         for path, down in self.method.dispatch(node, state, self.children(node.path, chosen)):
-            batches = -(-self.samples.get(path, 0) // self.setup.training.batch_size)
-            steps = batches * self.method.passes(self.setup)
-            fate, seconds = self.participation.fate(self.seed, path, node.round, steps)
+            setup = self.setup.at(path)
+            steps = setup.training.batches(self.samples.get(path, 0)) * self.method.passes(setup)
+            fate, seconds = participation.fate(self.seed, path, node.round, steps)
             if down is not last:  # many children may be sent one and the same message
                 last, size = down, encoded_size(down)
             yield Asked(path, node.round, down, size, fate, seconds)
@@ -211,10 +246,17 @@ class Engine(ABC):
         sent = self.method.dispatch(node, state, children)
         return (Asked(path, node.round, down, 0, "ok", 0.0) for path, down in sent)
 
-    def below(self, ask: Asked) -> tuple[Node, State]:
-        """Return an inner node that stands here, and its state after what it is sent."""
+    def below(self, ask: Asked, scored: bool = False) -> tuple[Node, State]:
+        """Return an inner node that stands here, and its state after what it is sent.
+
+        Args:
+            ask: what it is sent.
+            scored: whether it is sent to be scored, and not to be trained on.
+        """
         child = self.node(ask.path, ask.round)
-        return child, self.method.receive(child, self.store.get(ask.path), ask.down)
+        take = self.method.held if scored else self.method.receive
+        before = self.store.get(ask.path)
+        return child, counted(take(child, before, ask.down), before)
 
     def merge(self, node: Node, before: State, replies: Iterable[tuple[str, Message]]) -> State:
         """Keep what an inner node makes of its children's replies, and return its new state.
@@ -222,11 +264,15 @@ class Engine(ABC):
         Args:
             node: the inner node.
             before: its state when it dispatched.
-            replies: child -> its reply, in path order; one at a time is held.
+            replies: child -> its reply, in path order, after the node's own share where it has
+                one; one at a time is held.
         """
 
         def remembered() -> Iterator[Reply]:
             for path, reply in replies:
+                if path == node.path:  # its own share
+                    yield Reply(path, State(), reply)
+                    continue
                 key = link_key(node.path, path)
                 link = self.store.get(key)
                 if kept := self.method.remember(node, before, Child(path, link), reply):
@@ -234,5 +280,69 @@ class Engine(ABC):
                 yield Reply(path, link, reply)
 
         state = self.method.aggregate(node, before, remembered())
+        state = counted(state, before)
         self.store.put(node.path, state)
         return state
+
+    def train_own(self, node: Node, before: State, state: State) -> tuple[State, Message]:
+        """Train an inner node on data of its own, where it holds any.
+
+        Args:
+            node: the inner node.
+            before: its state before this round.
+            state: its state after ``receive``.
+
+        Returns:
+            The state it dispatches from, and its own share in the mean, empty where it has none.
+
+        Raises:
+            DivergedError: a loss is no number and ``on_failure`` is ``stop``.
+        """
+        if node.path not in self.data:
+            return state, Message()
+        leaf = Leaf(self.method, self.setup, self.seed)
+        try:
+            job = Job(node.path, node.round, self.data[node.path], before, Message(), self.scoring)
+            state, share, metrics = leaf.own(node, job, state)
+        except DivergedError as error:
+            if self.on_failure == "stop":
+                raise
+            self._own[node.path] = Visit(node.path, "failed", 0, error=str(error))
+            return state, Message()
+        spent = "spent" in metrics
+        told = SPENT_BUDGET if spent else ""
+        fate: Fate = "spent" if spent else "ok"
+        self._own[node.path] = Visit(node.path, fate, 0, metrics=metrics, error=told)
+        return state, share
+
+    def score_own(self, node: Node, state: State) -> Iterator[tuple[str, Scores]]:
+        """Yield the scores of an inner node that holds data.
+
+        Args:
+            node: the inner node.
+            state: its state, as it is scored.
+
+        Raises:
+            DivergedError: a loss is no number and ``on_failure`` is ``stop``.
+        """
+        if node.path not in self.data:
+            return
+        leaf = Leaf(self.method, self.setup, self.seed)
+        client, model = self.data[node.path], self.method.model(self.setup, state)
+        task = self.setup.task
+        found: Scores = {
+            split: task.evaluate(*model, client.batch(split))
+            for split in SCORED_SPLITS
+            if client.count(split)
+        }
+        try:
+            yield node.path, leaf.scored(node, state, found)
+        except DivergedError:
+            if self.on_failure == "stop":
+                raise
+
+
+def _after_training(metrics: Metrics) -> Metrics:
+    """Return the metrics of a model after its local steps."""
+    start = "trained/"
+    return {n.removeprefix(start): pair for n, pair in metrics.items() if n.startswith(start)}

@@ -8,21 +8,22 @@ of random numbers are derived, and replies are merged in path order.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import combinations, islice
+from dataclasses import replace
+from itertools import chain, combinations, islice
 from types import TracebackType
 from typing import Literal, TypeVar
 
 import torch
 
 from hansa.data.clients import Client
-from hansa.federation.engines.engine import Asked, Engine, Visit
+from hansa.federation.engines.engine import SPENT_BUDGET, Asked, Engine, Visit
 from hansa.federation.engines.plan import Plan
 from hansa.federation.engines.workers import Pool, ThisProcess, Workers, check_sendable
-from hansa.federation.leaf import DivergedError, Job, Leaf, Newcomer, Scores, Trained
+from hansa.federation.leaf import SCORED_SPLITS, DivergedError, Job, Leaf, Newcomer, Scores, Trained
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Child, Node, Setup
-from hansa.federation.participation import Participation
+from hansa.federation.participation import Fate, Participation
 from hansa.federation.stack import Stack
 from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import csr_size, encoded_size
@@ -34,6 +35,8 @@ WINDOW = 4
 
 class LocalEngine(Engine):
     """Runs the whole federation on this machine.
+
+    Where there is an audience (path -> client), it is scored, by the common model, and nobody else.
 
     A context manager: it starts and ends worker processes and holds PyTorch to one thread, since
     with more the rounding of sums may depend on how many there are.
@@ -49,9 +52,12 @@ class LocalEngine(Engine):
         participation: Participation | None = None,
         on_failure: Literal["stop", "drop"] = "stop",
         plan: Plan | None = None,
+        audience: Mapping[str, Client] | None = None,
     ) -> None:
         samples = {path: client.count("train") for path, client in clients.items()}
         super().__init__(tree, samples, method, setup, seed, participation, on_failure)
+        self.data = {p: client for p, client in clients.items() if not tree.is_leaf(p)}
+        self.audience = audience or {}
         self.clients, self.plan = clients, plan or Plan()
         self.leaf = Leaf(method, setup, seed)
         self._width = min(setup.training.batch_size, max(samples.values()))
@@ -101,9 +107,7 @@ class LocalEngine(Engine):
         """Return the model of a node, as a module of its own: at a leaf the one that is scored."""
         if self.tree.is_leaf(path):
             return self.setup.task.materialise(*self._model(path))
-        if path == ROOT:
-            return self.common()
-        return self.setup.task.materialise(*self.method.model(self.setup, self._held(path)))
+        return self.common() if path == ROOT else self.setup.task.materialise(*self._model(path))
 
     def masks_of(self, path: str) -> Tensors:
         """Return a client's masks by parameter; none for a method without masks."""
@@ -118,16 +122,22 @@ class LocalEngine(Engine):
 
     def pairs(self) -> Iterator[tuple[str, str, str, float, float]]:
         """Yield how clients' own models and masks compare, two by two."""
-        if self.method.scored != "trained":
+        if self.method.scored != "trained" and not self.setup.moments:
             return
         masks = {}
-        for first in self.tree.leaves():
+        judges = self.audience or self.clients
+        rows = [path for path in self.tree.walk() if path in judges]
+        if self.setup.moments and ROOT not in rows:
+            rows.insert(0, ROOT)
+        for first in rows:
             held = self._model(first)
-            for second in self.tree.leaves():
-                client = self.clients[second]
+            for second, client in judges.items():
                 if client.count("test"):
-                    yield first, second, "accuracy", *self.leaf.cross(client, *held)
-            masks[first] = self.masks_of(first)
+                    found = self.leaf.cross(client, *held)
+                    for metric in found if self.setup.moments else ("accuracy",):
+                        yield first, second, metric, *found[metric]
+            if self.tree.is_leaf(first):
+                masks[first] = self.masks_of(first)
         for first, second in combinations(masks, 2):
             both, either = 0.0, 0.0
             for name, mask in masks[first].items():
@@ -139,15 +149,17 @@ class LocalEngine(Engine):
                 yield first, second, "iou", both, either
 
     def _model(self, path: str) -> tuple[Tensors, Tensors]:
+        if not self.tree.is_leaf(path):
+            return self.method.model(self.setup, self._held(path))
         return self.leaf.model(self._job(path, self.rounds_done, self._sent(path)))
 
     def _held(self, path: str) -> State:
         """Return a leaf's own state; elsewhere, or where it has none, what it would receive."""
         state = self.state(path)
         own = self.tree.is_leaf(path) and state and self.method.scored == "trained"
-        if path == ROOT or own:
+        if path == ROOT or (own and not self.setup.moments):
             return state
-        return self.method.receive(self.node(path, self.rounds_done), state, self._sent(path))
+        return self.method.held(self.node(path, self.rounds_done), state, self._sent(path))
 
     def _sent(self, path: str) -> Message:
         """Return the newest message that a node would be sent."""
@@ -158,10 +170,12 @@ class LocalEngine(Engine):
 
     def visit(self, node: Node, state: State, visits: list[Visit]) -> State:
         """Run an inner node's round below it, and return its new state."""
-        return self.merge(node, state, self._replies(self.ask(node, state), visits))
+        state, share = self.train_own(node, self.store.get(node.path), state)
+        own = [(node.path, share)] if share else []
+        return self.merge(node, state, chain(own, self._replies(self.ask(node, state), visits)))
 
     def _job(self, path: str, number: int, down: Message) -> Job:
-        return Job(path, number, self.clients[path], self.store.get(path), down)
+        return Job(path, number, self.clients[path], self.store.get(path), down, self.scoring)
 
     def _replies(
         self, asked: Iterator[Asked], visits: list[Visit]
@@ -252,27 +266,48 @@ class LocalEngine(Engine):
                 visit = Visit(path, "failed", size, seconds=seconds, error=str(outcome))
                 return visit, State(), Message()
             state, reply, metrics = outcome
+            error = SPENT_BUDGET if "spent" in metrics else ""
         else:
-            node, received = self.below(ask)
-            reply = self.method.reply(node, self.visit(node, received, visits))
-            state, metrics = State(), {}
+            node, state = self.below(ask)
+            turns = self.method.turns()
+            for turn in range(turns):  # each with random draws of its own
+                number = (ask.round - 1) * turns + turn + 1
+                state = self.visit(replace(node, round=number), state, visits)
+            reply = self.method.reply(node, state)
+            own = self._own.pop(path, Visit(path, "ok", 0))
+            state, metrics, error = State(), own.metrics, own.error
         up = encoded_size(reply)
-        visit = Visit(path, "ok", size, up, csr_size(reply), seconds, metrics)
+        fate: Fate = "spent" if "spent" in metrics and self.tree.is_leaf(path) else "ok"
+        visit = Visit(path, fate, size, up, csr_size(reply), seconds, metrics, error)
         return visit, state, reply
 
     def score(self, node: Node, state: State) -> Iterator[tuple[str, Scores]]:
-        """Yield every leaf's scores, in path order."""
+        """Yield the scores of every node with data, in path order."""
+        if self.audience:
+            yield from self._score_audience(node, state)
+            return
+        yield from self.score_own(node, state)
         windows = self._windows(self.ask_all(node, state))
         calls = (self._ask_scores(node, window) for window in windows)
         for call in _ahead(calls, self._windows_ahead):
             yield from call()
+
+    def _score_audience(self, node: Node, state: State) -> Iterator[tuple[str, Scores]]:
+        """Yield the scores of one model at nodes that had no part in its training."""
+        model = self.method.model(self.setup, state)
+        for path, client in self.audience.items():
+            splits = [split for split in SCORED_SPLITS if client.count(split)]
+            scores: Scores = {
+                split: self.setup.task.evaluate(*model, client.batch(split)) for split in splits
+            }
+            yield path, self.leaf.scored(node, State(), scores)
 
     def _ask_scores(
         self, node: Node, window: list[Asked]
     ) -> Callable[[], Iterable[tuple[str, Scores]]]:
         first = window[0]
         if not self.tree.is_leaf(first.path):
-            return lambda: self.score(*self.below(first))
+            return lambda: self.score(*self.below(first, scored=True))
         scored = self._start(window, self._workers.score)
 
         def results() -> Iterator[tuple[str, Scores]]:

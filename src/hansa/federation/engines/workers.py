@@ -98,7 +98,7 @@ class Pool:
         # A message that many children are sent crosses once.
         downs = {id(job.down): job.down for job in jobs}
         sent = {key: _packed(down) for key, down in downs.items()}
-        rows = [(job.path, job.round, _packed(job.state), id(job.down)) for job in jobs]
+        rows = [(job.path, job.round, _packed(job.state), id(job.down), job.scored) for job in jobs]
         return self._executor.submit(call, rows, sent)
 
 
@@ -122,7 +122,7 @@ def check_sendable(leaf: Leaf, num: int) -> None:
 _Tensor = tuple[bytes, torch.dtype, torch.Size]
 _Packed = tuple[dict[str, dict[str, _Tensor]], dict[str, Any], dict[str, tuple[float, float]]]
 _Held = dict[str, tuple[int, int, dict[Split, Index]]]
-_Row = tuple[str, int, _Packed, int]
+_Row = tuple[str, int, _Packed, int, bool]
 _here: Stack
 _clients: dict[str, Client]
 
@@ -180,8 +180,8 @@ def _enter(leaf: Leaf, plan: Plan, width: int, sent: tuple[dict[int, Any], _Held
 def _jobs(rows: list[_Row], sent: dict[int, _Packed]) -> list[Job]:
     downs = {key: _unpacked(packed) for key, packed in sent.items()}
     return [
-        Job(path, number, _clients[path], _unpacked(state), downs[key])
-        for path, number, state, key in rows
+        Job(path, number, _clients[path], _unpacked(state), downs[key], scored)
+        for path, number, state, key, scored in rows
     ]
 
 

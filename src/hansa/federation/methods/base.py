@@ -35,6 +35,9 @@ that the work of many clients can be stacked. ``params``, ``buffers`` and ``metr
 there; a method adds groups of its own."""
 
 Scored = Literal["received", "trained", "tuned"]
+Inner = Literal["before", "beside"]
+Figure = tuple[str, str, float]
+"""What a node noted in a round: about which other node (or none), what, and its value."""
 
 
 class Method(BaseModel, ABC):
@@ -55,6 +58,11 @@ class Method(BaseModel, ABC):
     scored: ClassVar[Scored] = "received"
     common: ClassVar[bool] = True
     max_depth: ClassVar[int | None] = None
+    inner: ClassVar[Inner | None] = None
+    """When an inner node with data of its own trains on it: before it asks its children, who
+    start from what it has made, or beside them, as one of them; None where it may hold none."""
+    pools: ClassVar[bool] = False
+    """Whether all data are brought to one place, as no federation would."""
     masked: ClassVar[bool] = False
     """Whether clients hold masks, which ``buffers = "personal"`` needs."""
 
@@ -133,6 +141,36 @@ class Method(BaseModel, ABC):
     @abstractmethod
     def end(self, node: Node, state: State, work: Work) -> tuple[State, Message]:
         """Return the leaf's state after its training, and its reply to the parent."""
+
+    def settle(self, node: Node, state: State, work: Work) -> tuple[State, Message]:
+        """Return an inner node's state after training on data of its own, and its share.
+
+        Args:
+            node: the inner node.
+            state: its state after ``receive``.
+            work: what its training has made.
+
+        Returns:
+            The state it dispatches from and aggregates into, and where ``inner`` is ``beside``
+            a reply that is merged with those of its children under the node's own path.
+        """
+        raise NotImplementedError(f"{self.name} has no inner nodes with data")
+
+    def held(self, node: Node, state: State, down: Message) -> State:
+        """Return the state after the newest aggregate and before any training: to be scored."""
+        return self.receive(node, state, down)
+
+    def inner_training(self) -> Inner | None:
+        """Return when an inner node trains on data of its own; see ``inner``."""
+        return self.inner
+
+    def turns(self) -> int:
+        """Return how often an inner node below the root asks its children in a round."""
+        return 1
+
+    def figures(self, state: State) -> Iterable[Figure]:
+        """Return what a node noted in its state about the round that made it; nothing."""
+        return ()
 
     @abstractmethod
     def dispatch(

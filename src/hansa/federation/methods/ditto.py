@@ -10,7 +10,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from hansa.federation.message import Message, State, Tensors
-from hansa.federation.methods.base import Scored, Work, begin_work, nest, nested, train_step
+from hansa.federation.methods.base import Inner, Scored, Work, begin_work, nest, nested, train_step
 from hansa.federation.methods.fedavg import FedAvg
 from hansa.federation.node import Node, Setup
 from hansa.models.task import Batch
@@ -20,6 +20,7 @@ class Ditto(FedAvg):
     """FedAvg, and personal models on F_k(v) + mu / 2 * ||v - w_received||^2."""
 
     name: ClassVar[str] = "ditto"
+    inner: ClassVar[Inner | None] = None
     mu: float = Field(1.0, ge=0, allow_inf_nan=False, strict=True)
     """Weight of the pull to the common model (lambda in the paper); 0 is local-only training."""
     scored: ClassVar[Scored] = "trained"

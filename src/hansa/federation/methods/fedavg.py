@@ -5,11 +5,12 @@ AISTATS 2017, Algorithm 1.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from hansa.federation.aggregation import WeightedMean, add_metrics
 from hansa.federation.message import Message, State, Tensors
-from hansa.federation.methods.base import Method, Work, begin_work, training_metrics
+from hansa.federation.methods.base import Inner, Method, Work, begin_work, training_metrics
 from hansa.federation.node import Child, Node, Reply, Setup
 
 Groups = Mapping[str, Tensors]
@@ -23,6 +24,7 @@ class FedAvg(Method):
     """
 
     name: ClassVar[str] = "fedavg"
+    inner: ClassVar[Inner | None] = "beside"
     weighting: Literal["samples", "uniform"] = "samples"
     """A client's weight in the mean: its number of training samples, or one."""
 
@@ -37,7 +39,10 @@ class FedAvg(Method):
         return {"model": model, "buffers": setup.shared_buffers}
 
     def start_root(self, node: Node) -> State:
-        """Return the initial model, as far as it is shared."""
+        """Return the initial model, as far as it is shared, or all of it to train on."""
+        task = node.setup.task
+        if node.samples:
+            return State({"model": task.params, "buffers": task.buffers})
         return State(self.shared(node.setup))
 
     def receive(self, node: Node, state: State, down: Message) -> State:
@@ -67,6 +72,20 @@ class FedAvg(Method):
             }
         return State({group: tensors for group, tensors in trained.items() if tensors}), reply
 
+    def settle(self, node: Node, state: State, work: Work) -> tuple[State, Message]:
+        """Return the trained model to dispatch, or what is the node's own with its share."""
+        if self.inner_training() == "before":
+            return State({"model": work["params"], "buffers": work["buffers"]}), Message()
+        _, share = self.end(node, state, work)
+        shared = self.shared(node.setup)
+        trained = {"model": work["params"], "buffers": work["buffers"]}
+        # What is shared stays as it was: children start where this node did, as one of them.
+        groups = {
+            group: {n: t if n in like else trained[group][n] for n, t in state.group(group).items()}
+            for group, like in shared.items()
+        }
+        return replace(state, groups={**state.groups, **groups}), share
+
     def dispatch(
         self, node: Node, state: State, children: Iterable[Child]
     ) -> Iterator[tuple[str, Message]]:
@@ -90,6 +109,8 @@ class FedAvg(Method):
         if not weight:
             return State(state.groups, {"weight": 0})
         groups = {group: mean.result() for group, mean in means.items()}
+        if node.samples:  # what is personal stays with whoever trains it
+            groups = {group: {**state.group(group), **mean} for group, mean in groups.items()}
         return State(groups, {"weight": weight}, metrics)
 
     def reply(self, node: Node, state: State) -> Message:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from hansa.federation.message import State
-from hansa.federation.methods.base import Scored, Work, begin_work, train_step
+from hansa.federation.methods.base import Inner, Scored, Work, begin_work, train_step
 from hansa.federation.methods.fedper import FedPer
 from hansa.federation.methods.layers import check_patterns, head
 from hansa.federation.node import Node, Setup
@@ -21,6 +21,7 @@ class FedBABU(FedPer):
     """FedAvg under a head that stays as it was initialised, scored after fine-tuning it all."""
 
     name: ClassVar[str] = "fedbabu"
+    inner: ClassVar[Inner | None] = None
     epochs: int | None = Field(None, ge=1, strict=True)
     """Epochs of fine-tuning; by default as many as in a round."""
     tuned: tuple[str, ...] = ("*",)

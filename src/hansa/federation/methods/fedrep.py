@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from hansa.federation.message import State
-from hansa.federation.methods.base import Work, train_step
+from hansa.federation.methods.base import Inner, Work, train_step
 from hansa.federation.methods.fedper import FedPer
 from hansa.federation.node import Node, Setup
 from hansa.models.task import Batch
@@ -21,6 +21,7 @@ class FedRep(FedPer):
     """FedPer whose local work is split: epochs that move only the head, then only the body."""
 
     name: ClassVar[str] = "fedrep"
+    inner: ClassVar[Inner | None] = None
     head_epochs: int | None = Field(None, ge=1, strict=True)
     """Epochs of the head; by default as many as in a round."""
     body_epochs: int = Field(1, ge=1, strict=True)

@@ -7,7 +7,7 @@ trained first; to do so, give a bundle of such a run as ``model.bundle``.
 
 from typing import ClassVar
 
-from hansa.federation.methods.base import Scored
+from hansa.federation.methods.base import Inner, Scored
 from hansa.federation.methods.fedavg import FedAvg, Groups
 from hansa.federation.methods.layers import check_patterns, head
 from hansa.federation.node import Setup
@@ -17,6 +17,7 @@ class LGFedAvg(FedAvg):
     """FedAvg on the head of the model; the body is trained locally and kept."""
 
     name: ClassVar[str] = "lg-fedavg"
+    inner: ClassVar[Inner | None] = None
     shared_layers: tuple[str, ...] | None = None
     """Patterns of parameter names that are shared, such as ``head.*``; by default those of the
     last layer that has parameters."""

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from hansa.errors import InputError
 from hansa.federation.message import Message, State, Tensors
-from hansa.federation.methods.base import Scored, Work, begin_work, nest, nested, train_step
+from hansa.federation.methods.base import Inner, Scored, Work, begin_work, nest, nested, train_step
 from hansa.federation.methods.fedavg import FedAvg
 from hansa.federation.node import Node, Reply, Setup
 from hansa.federation.tree import ROOT
@@ -26,6 +26,7 @@ class PFedMe(FedAvg):
     """
 
     name: ClassVar[str] = "pfedme"
+    inner: ClassVar[Inner | None] = None
     lam: float = Field(1.0, gt=0, allow_inf_nan=False, strict=True)
     """Weight lambda of the pull between the two; a learning rate times it must not exceed 1."""
     steps: int = Field(5, ge=1, strict=True)

@@ -13,7 +13,7 @@ from pydantic import Field
 from hansa.errors import InputError
 from hansa.federation.aggregation import WeightedMean
 from hansa.federation.message import Message, State
-from hansa.federation.methods.base import Work, train_step
+from hansa.federation.methods.base import Inner, Work, train_step
 from hansa.federation.methods.fedavg import FedAvg
 from hansa.federation.node import Child, Node, Reply, Setup
 from hansa.models.task import Batch
@@ -23,6 +23,7 @@ class Scaffold(FedAvg):
     """FedAvg whose local steps follow gradient - c_k + c, at twice the bytes."""
 
     name: ClassVar[str] = "scaffold"
+    inner: ClassVar[Inner | None] = None
     server_lr: float = Field(1.0, gt=0, allow_inf_nan=False, strict=True)
     """Step eta_g of the common model along the mean of the clients' changes."""
     weighting: Literal["samples", "uniform"] = "uniform"
@@ -67,7 +68,7 @@ class Scaffold(FedAvg):
     def end(self, node: Node, state: State, work: Work) -> tuple[State, Message]:
         """Return the client's new control variate, and the model with the variate's change."""
         training = node.setup.training
-        steps = -(-node.samples // training.batch_size) * training.epochs
+        steps = training.batches(node.samples) * training.epochs
         after, reply = super().end(node, state, work)
         start, common = state.group("model"), state.group("common")
         # c_k+ = c_k - c + (x - y_k) / (K * lr): the mean gradient over the K steps.

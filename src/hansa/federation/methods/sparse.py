@@ -8,7 +8,7 @@ count in evaluation, zeros included, so that the plain architecture gives the sa
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from torch import nn
 
 from hansa.errors import InputError
 from hansa.federation.message import Message, State, Tensors
-from hansa.federation.methods.base import Work, begin_work
+from hansa.federation.methods.base import Inner, Work, begin_work
 from hansa.federation.methods.fedavg import FedAvg, Groups
 from hansa.federation.node import Node, Reply, Setup
 from hansa.federation.optimizer import Training
@@ -29,6 +29,7 @@ from hansa.sparse.kernels import kernels
 class SparseTraining(FedAvg):
     """FedAvg of a model whose convolutions and linear layers train sparsely."""
 
+    inner: ClassVar[Inner | None] = None
     sparse: tuple[str, ...] | None = None
     """Patterns of the names of layers that train sparsely; by default as in the method's paper."""
     refresh: int = Field(10, ge=1, strict=True)
@@ -109,12 +110,7 @@ class SparseTraining(FedAvg):
         after = self.merge(node, state, replies)
         if node.path != ROOT or not after.number("weight"):
             return after
-        moments = {part: dict(state.group(f"server.{part}")) for part in ("first", "second")}
-        model, moments = self.server.step(
-            state.group("model"), after.group("model"), moments if moments["first"] else {}
-        )
-        kept = {f"server.{part}": tensors for part, tensors in moments.items()}
-        return State({**after.groups, "model": model, **kept}, after.scalars, after.metrics)
+        return self.server.stepped(state, after)
 
     def merge(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
         """Return the state with the mean of the replies."""

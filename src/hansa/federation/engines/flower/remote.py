@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch
 
-from hansa.errors import first_line
-from hansa.federation.engines.engine import Asked, Engine, Visit
+from hansa.errors import InputError, first_line
+from hansa.federation.engines.engine import SPENT_BUDGET, Asked, Engine, Visit
 from hansa.federation.engines.flower.exchange import (
     Answer,
     Kind,
@@ -24,7 +25,7 @@ from hansa.federation.leaf import DivergedError, Scores
 from hansa.federation.message import Message, MessageError, State
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Child, Node, Reply, Setup
-from hansa.federation.participation import Participation
+from hansa.federation.participation import Fate, Participation
 from hansa.federation.store import link_key
 from hansa.federation.tree import ROOT, Tree, name_of
 from hansa.federation.wire import csr_size
@@ -42,6 +43,8 @@ class _Sent:
     state: State
     children: Sequence[tuple[Asked, "Ticket | _Sent | LostError"]]
     until: float
+    share: Message
+    """What the node itself adds to the mean, empty where it trains nothing."""
 
 
 class RemoteEngine(Engine):
@@ -64,6 +67,9 @@ class RemoteEngine(Engine):
         on_failure: whether a client whose loss is no number stops the run or is dropped.
         top: the node from which the engine walks down.
         deadline: seconds from the sending of a node's requests after which answers are late.
+
+    Raises:
+        InputError: a method with several inner rounds.
     """
 
     def __init__(
@@ -81,6 +87,8 @@ class RemoteEngine(Engine):
         deadline: float = float("inf"),
     ) -> None:
         super().__init__(tree, samples, method, setup, seed, participation, on_failure, top)
+        if method.turns() > 1:
+            raise InputError("method.inner_rounds", method.turns(), "1 past one machine")
         self.post, self.run, self.deadline = post, run, deadline
         self._missed: dict[str, int] = {}
 
@@ -95,6 +103,7 @@ class RemoteEngine(Engine):
 
     def send(self, node: Node, state: State) -> _Sent:
         """Ask the children of a node, and those of the inner nodes below it that stand here."""
+        state, share = self.train_own(node, self.store.get(node.path), state)
         children: list[tuple[Asked, Ticket | _Sent | LostError]] = []
         known, body = self._known(node.path), _Encoder()
         present = self._present(node.path)
@@ -108,18 +117,30 @@ class RemoteEngine(Engine):
                 children.append((ask, self.send(*self.below(ask))))
             else:
                 children.append((ask, self._posted("train", ask, known, body)))
-        return _Sent(node, state, children, time.monotonic() + self.deadline)
+        return _Sent(node, state, children, time.monotonic() + self.deadline, share)
 
     def take(self, sent: _Sent, visits: list[Visit]) -> State:
         """Merge the answers of a node's children as they come, and return its new state."""
         known = self._known(sent.node.path)
-        state = self.merge(sent.node, sent.state, self._replies(sent, visits, known))
+        own = [(sent.node.path, sent.share)] if sent.share else []
+        replies = chain(own, self._replies(sent, visits, known))
+        state = self.merge(sent.node, sent.state, replies)
         self.store.put(_known_key(sent.node.path), State(scalars=dict(sorted(known.items()))))
         return state
 
     def score(self, node: Node, state: State) -> Iterator[tuple[str, Scores]]:
         """Return the scores of all that can be reached, in path order."""
-        return self.take_scores(self.send_scores(node, state))
+        asked = self.send_scores(node, state)
+        yield from self._score_inner(node, state)
+        yield from self.take_scores(asked)
+
+    def _score_inner(self, node: Node, state: State) -> Iterator[tuple[str, Scores]]:
+        """Yield the scores of the inner nodes that stand here and hold data."""
+        yield from self.score_own(node, state)
+        if self.data:
+            for ask in self.ask_all(node, state):
+                if not self.tree.is_leaf(ask.path):
+                    yield from self._score_inner(*self.below(ask, scored=True))
 
     def send_scores(self, node: Node, state: State) -> list[tuple[Asked, Ticket | LostError]]:
         """Ask every child of a node, and of the inner nodes below it that stand here."""
@@ -128,7 +149,7 @@ class RemoteEngine(Engine):
         present = set(self._present(node.path))
         for ask in self.ask_all(node, state):
             if not self.tree.is_leaf(ask.path):
-                asked += self.send_scores(*self.below(ask))
+                asked += self.send_scores(*self.below(ask, scored=True))
             elif self._missed.get(ask.path) == node.round:
                 # Its scores would come behind the answer that is late: nobody waits for it twice.
                 asked.append((ask, LostError("late", "it missed the round's deadline")))
@@ -186,12 +207,14 @@ class RemoteEngine(Engine):
             try:
                 if isinstance(ticket, _Sent):
                     below = self.take(ticket, visits)
-                    reply, metrics = self.method.reply(ticket.node, below), {}
-                    up = len(encoded(reply))
+                    reply = self.method.reply(ticket.node, below)
+                    own = self._own.pop(ask.path, Visit(ask.path, "ok", 0))
+                    up, metrics, told = len(encoded(reply)), own.metrics, own.error
                 else:
                     answer = self._answer(ask, ticket, sent.until)
                     reply, metrics = self._sound(sent, ask, answer.body), answer.metrics
                     up, known[ask.path] = len(answer.body), ask.round
+                    told = SPENT_BUDGET if "spent" in metrics else ""
             except LostError as error:
                 visits.append(
                     Visit(ask.path, error.fate, ask.size, seconds=seconds, error=str(error))
@@ -202,7 +225,8 @@ class RemoteEngine(Engine):
                     self._missed[ask.path] = ask.round
                 continue
             csr = csr_size(reply)
-            visits.append(Visit(ask.path, "ok", ask.size, up, csr, seconds, metrics))
+            fate: Fate = "spent" if "spent" in metrics and self.tree.is_leaf(ask.path) else "ok"
+            visits.append(Visit(ask.path, fate, ask.size, up, csr, seconds, metrics, told))
             if reply:
                 yield ask.path, reply
 

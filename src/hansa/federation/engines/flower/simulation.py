@@ -50,7 +50,8 @@ class SimulatedEngine(RemoteEngine):
     """
 
     def __init__(self, local: LocalEngine, grid: Grid, folder: Path) -> None:
-        post = GridPost(grid, RUN, local.clients, name="Flower, simulated")
+        leaves = list(local.tree.leaves())
+        post = GridPost(grid, RUN, leaves, name="Flower, simulated")
         super().__init__(
             post,
             RUN,
@@ -63,7 +64,8 @@ class SimulatedEngine(RemoteEngine):
             local.on_failure,
         )
         self._local, self._folder, self.store = local, folder, local.store
-        post.wait(list(local.clients), _START)
+        self.data = local.data
+        post.wait(leaves, _START)
 
     def visit(self, node: Node, state: State, visits: list[Visit]) -> State:
         """Run a round, and take a copy of what it left at the clients."""
@@ -92,15 +94,16 @@ def simulation(local: LocalEngine) -> Iterator[SimulatedEngine]:
     Raises:
         InputError: the model cannot be sent to another process, or the simulation did not start.
     """
-    check_sendable(local.leaf, len(local.clients))
+    clients = {path: local.clients[path] for path in local.tree.leaves()}
+    check_sendable(local.leaf, len(clients))
     with tempfile.TemporaryDirectory(prefix="hansa-flower-") as name:
         folder = Path(name)
-        for path in local.clients:
+        for path in clients:
             if state := local.state(path):
                 _put(_states(folder, path), path, state)
-        for number, client in enumerate(local.clients.values()):
+        for number, client in enumerate(clients.values()):
             client.save(folder / f"{number}.safetensors")
-        with _grid(_Nodes(folder, local.leaf, list(local.clients)), len(local.clients)) as grid:
+        with _grid(_Nodes(folder, local.leaf, list(clients)), len(clients)) as grid:
             yield SimulatedEngine(local, grid, folder)
 
 

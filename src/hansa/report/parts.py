@@ -1,0 +1,29 @@
+"""The pieces that a page is put together from, as its template takes them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+Part = dict[str, Any]
+
+
+def plot(title: str, caption: str, svg: str, folded: bool = False, headed: bool = False) -> Part:
+    """Return a plot; a folded one is opened by a click.
+
+    ``headed`` says that the page writes the title above it, where the SVG itself does not.
+    """
+    # The SVG is Hansa's own output; the texts in it were escaped when it was written.
+    svg = Markup(svg)  # noqa: S704
+    return {"title": title, "caption": caption, "svg": svg, "folded": folded, "headed": headed}
+
+
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    note: str = "",
+    folded: bool = False,
+) -> Part:
+    """Return a table whose first column names its rows; a folded one is opened by a click."""
+    return {"title": title, "columns": columns, "rows": rows, "note": note, "folded": folded}
