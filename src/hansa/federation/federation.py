@@ -85,6 +85,8 @@ class Federation:
         paths = {name_of(path): path for path in self.tree.walk()}
         audience: dict[str, Client] = {}
         if method.pools:
+            if engine is not None and engine.kind == "flower":
+                raise InputError("engine.kind", "'flower'", f"another with method {method.name!r}")
             audience = {paths[name]: client for name, client in clients.items()}
             own = {path: inherited(self.tree, rules or {}).get(path) for path in audience}
             clients, training = _pooled(clients, training or Training(), own)
@@ -115,7 +117,7 @@ class Federation:
         self._compare_up_to = compare_up_to
         self._options = engine or EngineOptions()
         self._options.check()
-        self._paths = paths
+        self._paths = paths | {name_of(path): ROOT for path in audience}  # they have its model
         if self._options.workers > 1:
             check_sendable(Leaf(method, self.setup, seed), self._options.workers)
         self._engine = LocalEngine(
