@@ -359,3 +359,15 @@ def test_byte_pairs_need_text_at_the_root(config: dict[str, Any]) -> None:
 def test_a_language_model_needs_nodes() -> None:
     with pytest.raises(InputError, match="nodes: found nothing; allowed: nodes with text"):
         load({"model": {"name": "llama"}})
+
+
+def test_a_private_root_trains_no_tokenizer(tmp_path) -> None:
+    values = {
+        "text": {"tokenizer": "bpe"},
+        "nodes": {
+            "root": {"text": "python:manual", "privacy": {"noise": 1.0}},
+            "a": {"text": "python:names"},
+        },
+    }
+    with pytest.raises(InputError, match=r"text\.tokenizer: found 'bpe' with a private root"):
+        load(values)

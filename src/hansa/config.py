@@ -253,10 +253,15 @@ def _check_text(config: RunConfig, values: Mapping[str, Any]) -> None:
         raise InputError("nodes", "nothing", "the nodes of the tree, as [nodes.NAME]")
     if not is_language:
         raise InputError("model.name", repr(config.model.name), ", ".join(LANGUAGE))
-    for key in ("data", "tree", "pruning"):
+    for key in ("data", "tree"):
         if values.get(key):
             raise InputError(key, "a table beside [nodes]", "[text] and [nodes]")
+    if config.pruning is not None:
+        raise InputError("pruning", "a table beside [nodes]", "none: only image models are pruned")
     root = config.nodes.get(ROOT)
+    if root is not None and root.privacy is not None and config.text.tokenizer == "bpe":
+        # Its vocabulary is learned from the root's text as it is, and goes to every node.
+        raise InputError("text.tokenizer", "'bpe' with a private root", "'bytes'")
     if root is not None and root.parent != ROOT:
         raise InputError("nodes.root.parent", repr(root.parent), "nothing: it is the root")
     tree = config.shape()

@@ -49,9 +49,11 @@ def export(run: str | Path | Run, client: str, out: str | Path | None = None) ->
 
 def _scores(run: Run, client: str) -> dict[str, Any]:
     """Return the client's last scores: split -> metric -> value, and the round they are of."""
-    scores: dict[str, Any] = {"client": client, "scored": run.config.method.scored}
+    language = run.config.text is not None
+    scored = "aggregated" if language else run.config.method.scored
+    scores: dict[str, Any] = {"client": client, "scored": scored}
     for split in ("validation", "test"):
-        for metric in ("accuracy", "loss"):
+        for metric in ("perplexity", "bits_per_byte") if language else ("accuracy", "loss"):
             by_round = run.history.scored(split, metric)
             mine = {
                 number: values[client] for number, values in by_round.items() if client in values

@@ -78,6 +78,8 @@ def prune(
         InputError: input that cannot be used.
     """
     config = _configured(source, overrides)
+    if config.text is not None:
+        raise InputError("model.name", repr(config.model.name), "an image model, to be pruned")
     options = config.pruning
     if options is None:
         raise InputError("pruning", "nothing", "a table [pruning] with a density, or --density")

@@ -268,7 +268,7 @@ def _pruned(run: Run, trial: Trial) -> Tensors:
             config.pruning,
             config.training,
             seed=config.seed,
-            tree=trial.federation.tree,
+            tree=tree_of(config, trial.data),
             engine=config.engine,
             on_failure=config.on_failure,
         )

@@ -170,3 +170,30 @@ def test_methods_with_inner_training_run_with_inner_data(name: str, inner: str) 
 def test_methods_whose_looks_at_the_data_are_not_counted_refuse_private_nodes(name: str) -> None:
     with pytest.raises(InputError, match=r"nodes\.x\.privacy: found method"):
         federation({"A": Rules(lr=0.1), "x": Rules(privacy=NOISY)}, made(name))
+
+
+def test_a_stack_is_for_nodes_that_train_alike_however_they_ask() -> None:
+    asking = federation({ROOT: Rules(participation=Participation(fraction=0.5))})
+    assert not asking.setup.uneven
+    assert federation({"a": Rules(lr=0.2)}).setup.uneven
+
+
+def test_a_node_that_only_passes_on_is_never_late() -> None:
+    tree = Tree({"p": ROOT, "c0": "p", "c1": "p", "c2": ROOT})
+    slow = Participation(deadline=0.6, step_seconds=0.1)
+    made = Federation(net(), clients(), FedAvg(), Training(steps=5), tree=tree, participation=slow)
+    (result,) = made.rounds(1)
+    seconds = {visit.path: (visit.fate, visit.seconds) for visit in result.visits}
+    assert seconds["root/p"] == ("ok", 0.0)
+    assert seconds["root/p/c0"] == ("ok", 0.5)
+
+
+def test_newcomers_and_a_root_with_rules_are_refused_together() -> None:
+    rules = {ROOT: Rules(participation=Participation())}
+    with pytest.raises(InputError, match=r"participation\.newcomers: found a root with rules"):
+        federation(rules, participation=Participation(newcomers=1))
+
+
+def test_rules_that_are_none_are_named() -> None:
+    with pytest.raises(InputError, match="rules of c0"):
+        federation({"c0": {"steps": 3}})  # type: ignore[dict-item]

@@ -206,6 +206,8 @@ def _check(config: RunConfig, options: DeployOptions) -> None:
         raise InputError("tree.federations", config.tree.federations, "1 with deploy.federations")
     if config.method.pools:
         raise InputError("method.name", repr(config.method.name), "a method that pools no data")
+    if config.method.turns() > 1:
+        raise InputError("method.inner_rounds", config.method.turns(), "1 in a deployment")
     if config.text is not None:
         found = f"{config.model.name} on texts"
         raise InputError("nodes", found, "an image model; language models run on one machine")

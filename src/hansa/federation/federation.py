@@ -79,21 +79,25 @@ class Federation:
         objective: Objective | None = None,
         rules: Mapping[str, Rules] | None = None,
     ) -> None:
-        self.tree = Tree.flat(clients) if tree is None else tree
+        self.tree = Tree.flat(name for name in clients if name != ROOT) if tree is None else tree
         if not isinstance(method, Method):
             raise InputError("method", repr(method), "a method such as FedAvg()")
         paths = {name_of(path): path for path in self.tree.walk()}
+        _check_holders(self.tree, paths, clients)
+        for name, held in (rules or {}).items():
+            if not isinstance(held, Rules):
+                raise InputError(f"rules of {name}", repr(held), "Rules(...)")
+        if engine is not None and engine.kind == "flower" and (method.pools or method.turns() > 1):
+            raise InputError("engine.kind", "'flower'", f"another with method {method.name!r}")
         audience: dict[str, Client] = {}
         if method.pools:
-            if engine is not None and engine.kind == "flower":
-                raise InputError("engine.kind", "'flower'", f"another with method {method.name!r}")
             audience = {paths[name]: client for name, client in clients.items()}
             own = {path: inherited(self.tree, rules or {}).get(path) for path in audience}
             clients, training = _pooled(clients, training or Training(), own)
             rules = {}
             self.tree = Tree.flat(clients)
             paths = {name_of(path): path for path in self.tree.walk()}
-        _check_holders(self.tree, paths, clients, method)
+        _check_inner(self.tree, paths, clients, method)
         for key, value, allowed in (
             ("buffers", buffers, get_args(Buffers)),
             ("on_failure", on_failure, ("stop", "drop")),
@@ -113,7 +117,7 @@ class Federation:
                 _check_private(path, method)
         method.check(self.setup, self.tree.depth)
         check_batches(model, clients, self.setup.training.batch_size)
-        _check_newcomers(participation or Participation(), self.tree)
+        _check_newcomers(participation or Participation(), self.tree, rules or {})
         self._compare_up_to = compare_up_to
         self._options = engine or EngineOptions()
         self._options.check()
@@ -222,6 +226,8 @@ class Federation:
         """
         if name in self._paths:
             raise InputError("name", repr(name), "a name that no client has")
+        if self.setup.rules:
+            raise InputError("rules", "nodes with rules of their own", "a federation without")
         if self.tree.depth > 1:
             raise InputError("tree", f"depth {self.tree.depth}", "a flat federation")
         if not client.count("test"):
@@ -249,10 +255,12 @@ def is_due(number: int, last: int, score_every: int) -> bool:
     return number == last or (score_every > 0 and number % score_every == 0)
 
 
-def _check_newcomers(participation: Participation, tree: Tree) -> None:
+def _check_newcomers(participation: Participation, tree: Tree, rules: Mapping[str, Rules]) -> None:
     """Refuse newcomers where nobody would be there before them, or below inner nodes."""
     if not participation.newcomers:
         return
+    if ROOT in rules and rules[ROOT].participation is not None:
+        raise InputError("participation.newcomers", "a root with rules of its own", "one of them")
     if tree.depth > 1:
         raise InputError("participation.newcomers", "a tree of federations", "a flat federation")
     if participation.newcomers >= len(tree.children(ROOT)):
@@ -269,38 +277,48 @@ def _pooled(
         if own is not None and own.privacy is not None:
             name = name_of(path)
             raise InputError(f"nodes.{name}.privacy", "data to be pooled", "no privacy")
-    if training.steps is not None:
-        each = (training if own is None else own.applied(training) for own in rules.values())
-        steps = sum(one.steps or 0 for one in each)
+    each = {p: training if own is None else own.applied(training) for p, own in rules.items()}
+    if any(own.steps is not None for own in each.values()):
+        sizes = dict(
+            zip(rules, (client.count("train") for client in clients.values()), strict=True)
+        )
+        steps = sum(own.batches(sizes[path]) for path, own in each.items())
         training = training.model_copy(update={"steps": steps})
     return {"pooled": Client.pooled(clients.values())}, training
 
 
 def _check_private(path: str, method: Method) -> None:
-    """Refuse methods whose looks at private data the accountant would not count, or not all."""
+    """Refuse methods whose looks at private data the accountant would not count, or not all.
+
+    It counts one look at each batch, by the step that all methods share.
+    """
     kind = type(method)
     plain = all(
         getattr(kind, name) is getattr(Method, name)
-        for name in ("stages", "phases", "after", "step")
+        for name in ("stages", "phases", "after", "step", "adapt")
     )
     if not plain or method.scored == "tuned":
         raise InputError(
             f"nodes.{name_of(path)}.privacy",
-            f"method {method.name!r}, which looks at a batch more than once",
-            "fedavg, fedper, local, hierfavg, diloco or worldlm",
+            f"method {method.name!r}, whose training is its own",
+            "fedavg, fedper, lg-fedavg, local, hierfavg, diloco or worldlm",
         )
 
 
-def _check_holders(
-    tree: Tree, paths: Mapping[str, str], clients: Mapping[str, Client], method: Method
-) -> None:
-    """Refuse leaves without data, data without a node, and data that an inner node cannot use."""
+def _check_holders(tree: Tree, paths: Mapping[str, str], clients: Mapping[str, Client]) -> None:
+    """Refuse leaves without data, and data without a node."""
     leaves = {name for name, path in paths.items() if tree.is_leaf(path)}
     if odd := sorted((leaves - clients.keys()) | (clients.keys() - paths.keys())):
         raise InputError(
             "clients", f"{', '.join(odd[:3])} in one of them only", "the leaves of the tree"
         )
-    inner = sorted(clients.keys() - leaves)
+
+
+def _check_inner(
+    tree: Tree, paths: Mapping[str, str], clients: Mapping[str, Client], method: Method
+) -> None:
+    """Refuse data of inner nodes with a method that has no use for them."""
+    inner = sorted(name for name in clients if not tree.is_leaf(paths[name]))
     if inner and method.inner_training() is None:
         raise InputError(
             f"nodes.{inner[0]}",

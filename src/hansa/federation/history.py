@@ -182,16 +182,18 @@ class History:
     def chosen_round(self) -> int | None:
         """Return the scored round that does best on validation data, the first among equals.
 
-        That is the one of the highest mean accuracy over nodes, or of a language model the one of
-        the lowest mean loss.
+        That is the one of the highest mean accuracy, or of a language model the one of the lowest
+        mean loss over leaves.
 
         Returns:
             None where no client holds validation data.
         """
         metric, sign = ("loss", -1) if self.is_language else ("accuracy", 1)
+        leaves = self.leaves() if self.is_language else None
         means = {
-            number: sign * float(np.mean(list(values.values())))
+            number: sign * float(np.mean(chosen))
             for number, values in self.scored("validation", metric).items()
+            if (chosen := [v for leaf, v in values.items() if leaves is None or leaf in leaves])
         }
         return max(means, key=lambda number: (means[number], -number)) if means else None
 
@@ -236,7 +238,10 @@ class History:
         leaves = self.leaves()
         for split, suffix in (("test", ""), ("test:trained", "_after_local_steps")):
             for metric in ("perplexity", "bits_per_byte"):
-                if by_round := self.scored(split, metric):
+                rows = self.scored(split, metric).items()
+                # A round in which leaves were scored: they may have spent their budgets.
+                by_round = {k: row for k, row in rows if leaves & row.keys()}
+                if by_round:
                     last = by_round[max(by_round)]
                     values = [value for leaf, value in last.items() if leaf in leaves]
                     metrics[metric + suffix] = spread(values, higher_is_better=False)

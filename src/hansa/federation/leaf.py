@@ -306,7 +306,7 @@ def counted(state: State, before: State) -> State:
 def told(node: Node, state: State) -> Metrics:
     """Return the privacy that a node has spent so far as (sum, count); nothing without any."""
     privacy = node.setup.privacy
-    if privacy is None:
+    if privacy is None or not privacy.noise:  # without noise it is infinite
         return {}
     done = int(state.scalars.get(PRIVATE_STEPS, 0))
     size = node.setup.training.batch_size

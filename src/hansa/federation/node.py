@@ -33,6 +33,14 @@ class Setup:
     privacy: Privacy | None = None
     """Set in the setup of one node (``at``) whose training is differentially private."""
 
+    @property
+    def uneven(self) -> bool:
+        """Whether nodes train by rules of their own, so that they cannot be stacked."""
+        return any(
+            rules.privacy is not None or rules.steps is not None or rules.lr is not None
+            for rules in self.rules.values()
+        )
+
     def at(self, path: str) -> "Setup":
         """Return the setup as it holds at one node.
 

@@ -40,8 +40,9 @@ class Training(BaseModel):
     epochs: int = Field(1, ge=1, lt=2**31, strict=True)
     """Local passes over a client's training data per round."""
     steps: int | None = Field(None, ge=1, lt=2**31, strict=True)
-    """Local steps that stand for one such pass: so many full batches, and the next round goes on
-    where this one ended. By default a pass is one over all data."""
+    """Local steps that stand for one such pass: so many full batches, and each round goes on where
+    the one before it ended, whether the client was asked in that or not. By default a pass is one
+    over all data."""
     batch_size: int = Field(32, ge=1, lt=2**31, strict=True)
     """Samples per local step; the last batch of an epoch may be smaller."""
 
@@ -57,6 +58,8 @@ class Training(BaseModel):
 
     def batches(self, samples: int) -> int:
         """Return the local steps of one pass over a client's training samples."""
+        if not samples:
+            return 0
         return self.steps or -(-samples // self.batch_size)
 
     def rate(self, number: int) -> float:

@@ -133,7 +133,7 @@ class Stack:
         def alone(item: Item) -> Work | DivergedError:
             return _caught(self.leaf.fit, item.node, item.work, item.client, epochs)
 
-        if self.leaf.setup.rules:  # a stack has one setup, which knows no node's privacy
+        if self.leaf.setup.uneven:  # a stack has one setup, which knows no node's privacy
             return [alone(item) for item in items]
 
         def together(group: list[Item]) -> list[Work | DivergedError]:

@@ -112,7 +112,7 @@ def _steps(run: Run) -> dict[int, dict[str, int | None]]:
             turns = own.epochs if own.steps is None else 1
             batches = -(-row["count"] // (context * own.batch_size * turns)) * turns
             counts[path] = (counts.get(path) or 0) + int(batches)
-        elif path in hold & private and row["fate"] == "ok":
+        elif path in hold & private and row["fate"] == "ok" and not row["error"]:
             before, steps = counts.get(path, 0), own.steps
             if before is not None and steps is not None:
                 counts[path] = before + steps * own.epochs

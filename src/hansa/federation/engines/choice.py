@@ -76,8 +76,11 @@ class Chooser:
     def choose(self) -> Plan:
         """Return the plan to begin with, and say why."""
         options, short = self._options, self._steps() < SHORT
-        if self._engine.setup.rules:
-            return self._say(self._alone(), "nodes have rules of their own")
+        if self._engine.setup.uneven:
+            why = "nodes train by rules of their own"
+            if options.kind not in ("auto", "sequential") or not self._is_exact:
+                _log.warning("clients are trained one by one on the CPU: %s", why)
+            return self._say(self._alone(), why)
         if self._is_exact and short and options.kind in ("auto", "sequential"):
             return self._say(Plan(workers=self._workers(0.0)), "a short run")
         if options.kind == "sequential":

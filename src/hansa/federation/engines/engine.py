@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from hansa.data.clients import Client
+from hansa.federation.aggregation import add_metrics
 from hansa.federation.leaf import (
     SCORED_SPLITS,
     DivergedError,
@@ -30,6 +31,7 @@ from hansa.federation.store import MemoryStore, Store, link_key
 from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import encoded_size
 
+_AFTER = "trained/"
 SPENT_BUDGET = "the privacy budget is spent, so that it did not train"
 
 
@@ -312,6 +314,10 @@ class Engine(ABC):
         spent = "spent" in metrics
         told = SPENT_BUDGET if spent else ""
         fate: Fate = "spent" if spent else "ok"
+        if earlier := self._own.get(node.path):  # an inner round before this one
+            counts = {n: pair for n, pair in earlier.metrics.items() if not _is_after(n)}
+            add_metrics(counts, {n: pair for n, pair in metrics.items() if not _is_after(n)})
+            metrics = {**metrics, **counts}
         self._own[node.path] = Visit(node.path, fate, 0, metrics=metrics, error=told)
         return state, share
 
@@ -344,5 +350,8 @@ class Engine(ABC):
 
 def _after_training(metrics: Metrics) -> Metrics:
     """Return the metrics of a model after its local steps."""
-    start = "trained/"
-    return {n.removeprefix(start): pair for n, pair in metrics.items() if n.startswith(start)}
+    return {n.removeprefix(_AFTER): pair for n, pair in metrics.items() if _is_after(n)}
+
+
+def _is_after(name: str) -> bool:
+    return name.startswith(_AFTER)

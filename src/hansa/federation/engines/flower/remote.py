@@ -69,7 +69,7 @@ class RemoteEngine(Engine):
         deadline: seconds from the sending of a node's requests after which answers are late.
 
     Raises:
-        InputError: a method with several inner rounds.
+        InputError: a method with several inner rounds, or one that pools data.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class RemoteEngine(Engine):
         deadline: float = float("inf"),
     ) -> None:
         super().__init__(tree, samples, method, setup, seed, participation, on_failure, top)
+        if method.pools:
+            raise InputError("method.name", repr(method.name), "a method that pools no data")
         if method.turns() > 1:
             raise InputError("method.inner_rounds", method.turns(), "1 past one machine")
         self.post, self.run, self.deadline = post, run, deadline
