@@ -47,6 +47,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "worldlm-mean-no-residuals": {"name": "worldlm", "combine": "mean", "residuals": False},
 }
 THREE = {name: METHODS[name] for name in ("local", "fedavg", "worldlm")}
+FOUR = {name: METHODS[name] for name in ("local", "fedavg", "hierfavg", "worldlm")}
 TWO = {name: METHODS[name] for name in ("fedavg", "worldlm")}
 PRIVATE = {"unit": "gradient", "clip": 1.0, "noise": 0.5}
 TREES: dict[str, dict[str, tuple[str, str | None]]] = {
@@ -115,7 +116,7 @@ def tables(data: str | None) -> dict[str, tuple[str, dict[str, str], dict[str, d
     first = names[0]
     one, other = PAIRS[first]
     made["ablation"] = (first, texts[first], ABLATION)
-    made["iid"] = (first, mixed(texts[first]), THREE)
+    made["iid"] = (first, mixed(texts[first]), FOUR)
     for percent in (25, 50, 75, 100):
         pair = exchanged(texts[first][one], texts[first][other], percent / 100)
         made[f"exchanged-{percent}"] = (first, texts[first] | {one: pair[0], other: pair[1]}, TWO)
