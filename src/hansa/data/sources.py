@@ -97,7 +97,16 @@ def _digits() -> Source:
     return Source("digits", labels, names, None, lambda index: images[torch.from_numpy(index)])
 
 
-def _parquet(path: str, options: SourceOptions) -> Source:
+def parquet_files(path: str, key: str) -> list[Path]:
+    """Return the Parquet files that a path stands for, in the order of their names.
+
+    Args:
+        path: a file, a folder or a pattern.
+        key: configuration key of the path, for errors.
+
+    Raises:
+        InputError: there is none.
+    """
     place = Path(path)
     if place.is_dir():
         files = sorted(place.rglob("*.parquet"))
@@ -107,9 +116,13 @@ def _parquet(path: str, options: SourceOptions) -> Source:
         except ValueError:  # no pattern
             files = []
     if not files:
-        raise InputError("data.source", f"no Parquet file at {path}", "a file, folder or pattern")
-    tables = []
-    for file in files:
+        raise InputError(key, f"no Parquet file at {path}", "a file, folder or pattern")
+    return files
+
+
+def _parquet(path: str, options: SourceOptions) -> Source:
+    tables: list[pa.Table] = []
+    for file in parquet_files(path, "data.source"):
         try:
             tables.append(pq.read_table(file))
         except (pa.ArrowException, OSError) as error:

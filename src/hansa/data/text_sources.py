@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hansa.data.bundled_text import MOST, bundled
+from hansa.data.sources import parquet_files
 from hansa.errors import InputError, first_line
 
 TEXT_SUFFIXES = {
@@ -107,17 +108,7 @@ def _text(file: Path, query: Query) -> str:
 
 
 def _parquet(path: str, query: Query) -> Iterator[str]:
-    place = Path(path)
-    if place.is_dir():
-        files = sorted(place.rglob("*.parquet"))
-    else:
-        try:
-            files = [place] if place.is_file() else sorted(place.parent.glob(place.name))
-        except ValueError:  # no pattern
-            files = []
-    if not files:
-        raise InputError(query.key, f"no Parquet file at {path}", "a file, folder or pattern")
-    for file in files:
+    for file in parquet_files(path, query.key):
         try:
             with pq.ParquetFile(file) as held:
                 column = _column(held.schema_arrow, str(file), query)
