@@ -156,6 +156,25 @@ class Leaf:
         about = self.method.describe(self.setup, state)
         return {**scores, "state": {**about, **told(node, state)}}
 
+    def judged(
+        self, node: Node, client: Client, model: tuple[Tensors, Tensors], state: State
+    ) -> Scores:
+        """Return the scores of a model on a client's data, without stacks.
+
+        Args:
+            node: the node that is scored.
+            client: what it holds.
+            model: parameters and buffers.
+            state: what figures about the node are taken from.
+
+        Raises:
+            DivergedError: the loss is infinite or NaN.
+        """
+        task = self.setup.task
+        splits = [split for split in SCORED_SPLITS if client.count(split)]
+        scores: Scores = {split: task.evaluate(*model, client.batch(split)) for split in splits}
+        return self.scored(node, state, scores)
+
     def model(self, job: Job) -> tuple[Tensors, Tensors]:
         """Return parameters and buffers of the model that is scored.
 
@@ -285,13 +304,13 @@ def is_affordable(node: Node, state: State) -> bool:
     privacy = node.setup.privacy
     if privacy is None:
         return True
-    size, done = node.setup.training.batch_size, int(state.scalars.get(PRIVATE_STEPS, 0))
+    size, done = node.setup.training.batch_size, _done(state)
     return affordable(privacy, node.samples, size, done, _private_steps(node))
 
 
 def spent(node: Node, before: State) -> dict[str, int]:
     """Return what a node keeps of its private steps, this round's included."""
-    done = int(before.scalars.get(PRIVATE_STEPS, 0))
+    done = _done(before)
     return {PRIVATE_STEPS: done + _private_steps(node)}
 
 
@@ -308,9 +327,14 @@ def told(node: Node, state: State) -> Metrics:
     privacy = node.setup.privacy
     if privacy is None or not privacy.noise:  # without noise it is infinite
         return {}
-    done = int(state.scalars.get(PRIVATE_STEPS, 0))
+    done = _done(state)
     size = node.setup.training.batch_size
     return {"epsilon": (epsilon(privacy, node.samples, size, done), 1.0)}
+
+
+def _done(state: State) -> int:
+    """Return the private steps behind a state."""
+    return int(state.scalars.get(PRIVATE_STEPS, 0))
 
 
 def _private_steps(node: Node) -> int:

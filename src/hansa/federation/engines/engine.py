@@ -15,7 +15,6 @@ import torch
 from hansa.data.clients import Client
 from hansa.federation.aggregation import add_metrics
 from hansa.federation.leaf import (
-    SCORED_SPLITS,
     DivergedError,
     Job,
     Leaf,
@@ -335,14 +334,8 @@ class Engine(ABC):
             return
         leaf = Leaf(self.method, self.setup, self.seed)
         client, model = self.data[node.path], self.method.model(self.setup, state)
-        task = self.setup.task
-        found: Scores = {
-            split: task.evaluate(*model, client.batch(split))
-            for split in SCORED_SPLITS
-            if client.count(split)
-        }
         try:
-            yield node.path, leaf.scored(node, state, found)
+            yield node.path, leaf.judged(node, client, model, state)
         except DivergedError:
             if self.on_failure == "stop":
                 raise

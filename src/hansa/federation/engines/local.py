@@ -19,7 +19,7 @@ from hansa.data.clients import Client
 from hansa.federation.engines.engine import SPENT_BUDGET, Asked, Engine, Visit
 from hansa.federation.engines.plan import Plan
 from hansa.federation.engines.workers import Pool, ThisProcess, Workers, check_sendable
-from hansa.federation.leaf import SCORED_SPLITS, DivergedError, Job, Leaf, Newcomer, Scores, Trained
+from hansa.federation.leaf import DivergedError, Job, Leaf, Newcomer, Scores, Trained
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Child, Node, Setup
@@ -296,11 +296,7 @@ class LocalEngine(Engine):
         """Yield the scores of one model at nodes that had no part in its training."""
         model = self.method.model(self.setup, state)
         for path, client in self.audience.items():
-            splits = [split for split in SCORED_SPLITS if client.count(split)]
-            scores: Scores = {
-                split: self.setup.task.evaluate(*model, client.batch(split)) for split in splits
-            }
-            yield path, self.leaf.scored(node, State(), scores)
+            yield path, self.leaf.judged(node, client, model, State())
 
     def _ask_scores(
         self, node: Node, window: list[Asked]
