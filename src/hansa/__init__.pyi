@@ -1,6 +1,8 @@
 from .bundle import Bundle as Bundle
 from .bundle import read_bundle as read_bundle
 from .compare import compare as compare
+from .curate import Curated as Curated
+from .curate import curate as curate
 from .data.clients import Client as Client
 from .errors import InputError as InputError
 from .export import export as export

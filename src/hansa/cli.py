@@ -105,6 +105,52 @@ def prune(
 
 
 @app.command()
+def curate(
+    config: Annotated[Path, typer.Argument(help="Configuration in TOML, with [curation].")],
+    until: Annotated[
+        str, typer.Option(help="The last step: score, threshold, filter, train or report.")
+    ] = "report",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what would be kept: --until threshold.")
+    ] = False,
+    train_too: Annotated[
+        bool, typer.Option("--train", help="Train on all, filtered and clean examples, too.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key: curation.by=['ira']")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to make, or to go on in.")] = None,
+    json_: Json = False,
+) -> None:
+    """Score and filter the training examples of clients under one threshold.
+
+    Steps that are done are kept: the same command goes on, and after a change repeats what it
+    concerns.
+    """
+    from hansa.curate import curate as run_curation
+
+    with _progress("step") as progress, _told(progress):
+        task = progress.add_task("curating", total=None, note="")
+
+        def watch(what: str, done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, note=what)
+
+        made = run_curation(
+            config,
+            overrides=set_ or (),
+            until="threshold" if dry_run else until,  # type: ignore[arg-type]
+            train_too=train_too,
+            out=out,
+            watch=watch,
+        )
+    summary = {**made.summary, "report": str(made.report) if made.report else None}
+    if json_:
+        print(json.dumps(summary))
+        return
+    _print_curation(summary)
+
+
+@app.command()
 def compare(
     config: Annotated[Path, typer.Argument(help="Configuration in TOML.")],
     methods: Annotated[
@@ -463,6 +509,33 @@ def _language_table(summaries: list[dict[str, Any]]) -> Table:
             f"{summary['seconds']:.1f}",
         )
     return table
+
+
+def _print_curation(summary: dict[str, Any]) -> None:
+    if clients := summary.get("clients"):
+        left_out = summary["excluded"]
+        table = Table(
+            caption=f"training examples kept by {', '.join(summary['by'])}, rule "
+            f"{summary['rule']['kind']}; left out before: without an answer, or too long"
+        )
+        for name in ("client", "examples", "kept", "share", "left out before"):
+            table.add_column(name, justify="left" if name == "client" else "right")
+        for name, row in clients.items():
+            numbers = str(row["samples"]), str(row["kept"]), f"{100 * row['share']:.1f} %"
+            table.add_row(name, *numbers, str(sum(left_out[name].values())))
+        Console().print(table)
+    if rules := summary.get("rules"):
+        table = Table(caption="against the labels; clean examples are what is looked for")
+        for name in ("rule", "precision", "recall", "F1"):
+            table.add_column(name, justify="left" if name == "rule" else "right")
+        for rule, row in rules.items():
+            table.add_row(rule, *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")))
+        Console().print(table)
+    for name, row in summary.get("test_loss", {}).items():
+        print(f"test loss, trained on {name}: {row['mean']:.4f}")
+    print(f"curation: {summary['path']}")
+    if summary["report"]:
+        print(f"report: {summary['report']}")
 
 
 def _print_comparison(found: Any) -> None:

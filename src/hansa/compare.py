@@ -11,7 +11,7 @@ from hansa.federation.methods import METHODS
 from hansa.processes import pool
 from hansa.report.comparison import Comparison
 from hansa.runs import Run
-from hansa.training import fixed_difference, prepare, train
+from hansa.training import completed, is_completed, prepare
 
 Watch = Callable[[int, int, Run], None]
 """Called with the number of finished runs, the number of all runs, and the newest."""
@@ -54,7 +54,7 @@ def compare(
     # One run of each method is prepared before any work, so that wrong input shows at once.
     todo: dict[str, RunConfig] = {}
     for (label, _), cell in grid.items():
-        if not _is_done(cell):
+        if not is_completed(cell):
             todo.setdefault(label, cell)
     data: dict[int, FederatedData] = {}
     for cell in todo.values():
@@ -120,31 +120,6 @@ def _grid(
     return grid, folder
 
 
-def _is_done(config: RunConfig) -> bool:
-    path = config.folder
-    if not (path / "config.toml").is_file():
-        return False
-    run = Run(path)
-    if keys := fixed_difference(run.config, config):
-        raise InputError(
-            str(path), f"a run with another {keys[0]}", "another name, or its folder removed"
-        )
-    if run.round > config.rounds:
-        raise InputError("rounds", config.rounds, f"at least the {run.round} of {path}")
-    return run.round == config.rounds and (path / "summary.json").is_file()
-
-
 def _run(values: dict[str, Any]) -> Path:
     """Bring one run to its end, in a process of its own, and return its folder."""
-    config = load(values)
-    path = config.folder
-    if _is_done(config):
-        return path
-    if (path / "config.toml").is_file():
-        return train(config, resume=path).path
-    if path.is_dir():  # what a kill may leave of a run that was just being made
-        if odd := {entry.name for entry in path.iterdir()} - {"checkpoint.json"}:
-            raise InputError(str(path), f"a folder that is no run ({odd.pop()})", "no such folder")
-        (path / "checkpoint.json").unlink(missing_ok=True)
-        path.rmdir()
-    return train(config).path
+    return completed(load(values))

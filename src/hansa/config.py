@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hansa.curation.options import CurationOptions
 from hansa.data.federate import DataOptions
 from hansa.data.partition import Partition
 from hansa.data.text import TextOptions
@@ -98,6 +99,9 @@ class RunConfig(_Section):
     training: Training = Training()
     pruning: PruningOptions | None = None
     """What is pruned before the first round; nothing where it is not set."""
+    curation: CurationOptions | None = None
+    """Which training examples are used, where nodes hold questions and answers; all of them where
+    it is not set."""
     method: Method = FedAvg()
     participation: Participation = Participation()
     tree: TreeOptions = TreeOptions()
@@ -232,6 +236,7 @@ def _validate(values: dict[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise explain(error, RunConfig, values) from error
     _check_text(config, values)
+    _check_curation(config)
     try:
         return config.model_copy(update={"method": METHODS[name].model_validate(options)})
     except ValidationError as error:
@@ -269,6 +274,27 @@ def _check_text(config: RunConfig, values: Mapping[str, Any]) -> None:
         path = tree.path_of(name)
         if tree.is_leaf(path) and node.text is None:
             raise InputError(f"nodes.{name}.text", "nothing", "text, which every leaf needs")
+
+
+def _check_curation(config: RunConfig) -> None:
+    """Refuse a filter where there is nothing that it could score.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if config.text is not None and config.text.tokenizer == "bundle" and not config.model.bundle:
+        raise InputError("text.tokenizer", "'bundle' and no model.bundle", "a bundle, or 'bytes'")
+    if config.curation is None:
+        return
+    if config.text is None or config.text.answers is None:
+        raise InputError("curation", "a table without [text.answers]", "questions and answers")
+    for name, node in config.nodes.items():
+        if node.privacy is not None:
+            raise InputError(
+                f"nodes.{name}.privacy",
+                "privacy beside [curation], whose looks at the data its budget does not count",
+                "one of them",
+            )
 
 
 def _check_tokenizers(nodes: Any) -> None:

@@ -7,6 +7,8 @@
     whatever a kill leaves behind of a later round is removed on the next start.
 ``pruning.safetensors``
     masks that were found before the first round, where the configuration asks for any.
+``curation/``
+    which examples are used from a round on, and how that was found, where the configuration asks.
 ``states/``
     states of nodes, as encoded messages.
 ``log.txt``
@@ -39,6 +41,7 @@ from safetensors.torch import save as save_masks
 
 from hansa import bundle
 from hansa.config import RunConfig, load
+from hansa.curation.masks import Kept
 from hansa.errors import InputError
 from hansa.federation.engines.engine import RoundResult
 from hansa.federation.engines.plan import Plan
@@ -130,11 +133,7 @@ class Run:
         Raises:
             InputError: another process is at work on the run, or it was begun on other facts.
         """
-        with (self.path / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise BusyError(str(self.path), "a run under way", "an idle run") from error
+        with locked(self.path):
             if self._read_checkpoint() != self.checkpoint:
                 raise InputError(str(self.path), "a run that went on meanwhile", "another try")
             for key in ("data", "bundle"):
@@ -189,6 +188,40 @@ class Run:
         self.record(result, None)
         content = {name: mask.contiguous() for name, mask in masks.items()}
         write_atomic(self.path / "pruning.safetensors", save_masks(content))
+
+    def curated(self, round_: int) -> Kept | None:
+        """Return which examples are used after a round, None where all of them are.
+
+        Raises:
+            InputError: a file that cannot be read.
+        """
+        found = sorted((self.path / "curation").glob("*.json"))
+        path = next((p for p in reversed(found) if int(p.stem) <= round_), None)
+        if path is None:
+            return None
+        try:
+            tensors = load_masks(path.with_suffix(".safetensors").read_bytes())
+            held = json.loads(path.read_text())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(str(path), f"unreadable ({error})", "masks") from error
+        clients: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, what = key.rpartition("/")
+            clients.setdefault(name, {})[what] = tensor
+        return Kept(clients, held)
+
+    def keep_curated(self, kept: Kept) -> None:
+        """Make permanent which examples are used from a round on."""
+        folder = self.path / "curation"
+        folder.mkdir(exist_ok=True)
+        tensors = {
+            f"{name}/{what}": tensor.contiguous()
+            for name, held in kept.clients.items()
+            for what, tensor in held.items()
+        }
+        stem = folder / f"{int(kept.manifest['round']):08d}"
+        write_atomic(stem.with_suffix(".safetensors"), save_masks(tensors))
+        write_atomic(stem.with_suffix(".json"), json.dumps(kept.manifest, indent=2) + "\n")
 
     @property
     def plan(self) -> Plan | None:
@@ -273,6 +306,21 @@ class Run:
                     {name: _read_table(Path(f"{stem}-{name}.parquet"), name) for name in SCHEMAS}
                 )
         return tables
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone.
+
+    Raises:
+        BusyError: another process is at work on it.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BusyError(str(folder), "a run under way", "an idle run") from error
+        yield
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ from torch import nn
 
 from hansa import bundle
 from hansa.config import RunConfig, difference, load
+from hansa.curation.federated import Cohort, curated, read_public
+from hansa.curation.masks import Kept, read_kept
+from hansa.data.answers import Answers, federate_answers
 from hansa.data.federate import FederatedData, federate
 from hansa.data.text import federate_text
+from hansa.data.tokenizer import Tokenizer, tokenizer_from_json
 from hansa.errors import InputError
-from hansa.federation.engines.engine import RoundResult
+from hansa.federation.engines.engine import RoundResult, Visit
 from hansa.federation.federation import Federation
 from hansa.federation.leaf import DivergedError
 from hansa.federation.message import MessageError, Tensors
-from hansa.federation.tree import ROOT, Tree
+from hansa.federation.store import Store
+from hansa.federation.tree import ROOT, Tree, name_of
 from hansa.models import Architecture, build, objective_of, resolved
 from hansa.models.language import beside_adapters
 from hansa.models.masks import attach
@@ -59,16 +65,58 @@ def train(
         if wanted.pruning and run.masks is None:
             trial = prepare(wanted, trial.data, _pruned(run, trial))
         trial.federation.keep_states_in(store, run.round)
-        _rounds(run, trial.federation, watch)
+        trial = _rounds(run, trial, store, watch)
         common = None
         if wanted.method.common:
             weights = trial.federation.model_of(ROOT).state_dict()
             # These are of the clients' models: what is scored, the method says.
             scored = "aggregated" if wanted.text else wanted.method.scored
             metrics = {"scored": scored, **run.history.summary()["metrics"]}
+            if (kept := run.curated(run.round - 1)) is not None:
+                metrics["curation"] = kept.manifest
             common = trial.write_bundle(run.path / "bundle", "train", weights, metrics)
         run.finish(common)
     return run
+
+
+def completed(config: RunConfig) -> Path:
+    """Bring the run of a configuration to its end and return its folder.
+
+    One that is finished is kept, and one that was interrupted, or has fewer rounds, goes on.
+
+    Raises:
+        InputError: its folder holds something else; see ``train``.
+    """
+    path = config.folder
+    if is_completed(config):
+        return path
+    if (path / "config.toml").is_file():
+        return train(config, resume=path).path
+    if path.is_dir():  # what a kill may leave of a run that was just being made
+        if odd := {entry.name for entry in path.iterdir()} - {"checkpoint.json"}:
+            raise InputError(str(path), f"a folder that is no run ({odd.pop()})", "no such folder")
+        (path / "checkpoint.json").unlink(missing_ok=True)
+        path.rmdir()
+    return train(config).path
+
+
+def is_completed(config: RunConfig) -> bool:
+    """Tell whether the run of a configuration is there and finished.
+
+    Raises:
+        InputError: a run of another configuration has its name.
+    """
+    path = config.folder
+    if not (path / "config.toml").is_file():
+        return False
+    run = Run(path)
+    if keys := fixed_difference(run.config, config):
+        raise InputError(
+            str(path), f"a run with another {keys[0]}", "another name, or its folder removed"
+        )
+    if run.round > config.rounds:
+        raise InputError("rounds", config.rounds, f"at least the {run.round} of {path}")
+    return run.round == config.rounds and (path / "summary.json").is_file()
 
 
 @dataclass(frozen=True)
@@ -217,8 +265,36 @@ def read_data(config: RunConfig) -> FederatedData:
     if config.text is None:
         return federate(config.data, config.seed)
     sources = {name: node.text for name, node in config.nodes.items() if node.text is not None}
-    size = config.training.batch_size
-    return federate_text(config.text, sources, ROOT, size, config.seed)
+    size, text = config.training.batch_size, config.text
+    tokenizer = None
+    if text.tokenizer == "bundle":
+        tokenizer = _tokenizer_of(config.model.bundle)
+    if text.answers is None:
+        return federate_text(text, sources, ROOT, size, config.seed, tokenizer)
+    tree = config.shape()
+    return federate_answers(
+        text.answers,
+        sources,
+        ROOT,
+        leaves=[name_of(path) for path in tree.leaves()],
+        context=text.context,
+        shares={"validation": text.validation, "test": text.test},
+        batch_size=size,
+        seed=config.seed,
+        tokenizer=tokenizer or (text.vocabulary if text.tokenizer == "bpe" else None),
+    )
+
+
+def _tokenizer_of(path: str | None) -> Tokenizer:
+    """Return the tokenizer that a bundle was trained with."""
+    found = bundle.read_bundle(Path(path)) if path else None
+    if found is None or not found.tokenizer:
+        raise InputError(
+            "text.tokenizer",
+            f"'bundle' and {'no model.bundle' if found is None else 'one without a tokenizer'}",
+            "model.bundle of a language model, 'bytes' or 'bpe'",
+        )
+    return tokenizer_from_json(found.tokenizer)
 
 
 def tree_of(config: RunConfig, data: FederatedData) -> Tree:
@@ -283,20 +359,93 @@ def _pruned(run: Run, trial: Trial) -> Tensors:
     return masks
 
 
-def _rounds(run: Run, federation: Federation, watch: Watch | None) -> None:
-    config = run.config
+def _rounds(run: Run, whole: Trial, store: Store, watch: Watch | None) -> Trial:
+    """Run the rounds that are left, and return what the last of them ran on."""
+    config, trial = run.config, whole
     try:
-        rounds = federation.rounds(config.rounds, run.round + 1, config.score_every, run.plan)
-        for result in rounds:
-            run.record(result, federation.plan)
-            if watch is not None:
-                watch(run, result)
+        while run.round < config.rounds:
+            trial, last, spent = _with_kept(run, whole, store)
+            rounds = trial.federation.rounds(
+                config.rounds, run.round + 1, config.score_every, run.plan
+            )
+            with closing(rounds):
+                for result in rounds:
+                    result = replace(result, visits=(*spent, *result.visits))
+                    spent = ()
+                    run.record(result, trial.federation.plan)
+                    if watch is not None:
+                        watch(run, result)
+                    if result.number == last:
+                        break
     except DivergedError as error:
         raise diverged(config, error) from error
     except MessageError as error:
         raise InputError(
             str(run.path), f"states that do not fit the model ({error})", "the run's own model"
         ) from error
+    return trial
+
+
+def _with_kept(run: Run, whole: Trial, store: Store) -> tuple[Trial, int, tuple[Visit, ...]]:
+    """Return what the next rounds run on, the last of them, and what it took to find that out.
+
+    Args:
+        run: the run, some rounds of which are done.
+        whole: all of the data.
+        store: the states as of the last round.
+    """
+    config, options = run.config, run.config.curation
+    if options is None or not isinstance(whole.data, Answers):
+        return whole, config.rounds, ()
+    start = run.round // options.every * options.every if options.every else 0
+    kept = run.curated(run.round)
+    if kept is None or kept.manifest["round"] < start:
+        whole.federation.keep_states_in(store, run.round)
+        kept = _curated(whole, start)
+        run.keep_curated(kept)
+    trial = prepare(config, kept.apply(whole.data), run.masks)
+    trial.federation.keep_states_in(store, run.round)
+    spent = tuple(Visit(**visit) for visit in kept.manifest["ledger"])
+    last = min(config.rounds, start + options.every) if options.every else config.rounds
+    return trial, last, spent if run.round == start else ()
+
+
+def _curated(trial: Trial, start: int) -> Kept:
+    """Return which examples are used from here on, by the model as it is now."""
+    options = trial.config.curation
+    assert options is not None  # noqa: S101 the caller has looked
+    if options.masks is not None:
+        kept = read_kept(Path(options.masks))
+        return replace(kept, manifest={**kept.manifest, "round": start, "ledger": []})
+    model = trial.federation.model_of(ROOT)
+    _log.info("scoring the clients' examples by %s", ", ".join(options.scores))
+    kept = curated(cohort_of(trial), model)
+    for name, each in kept.manifest["counts"].items():
+        samples, left = (sum(row[k] for row in each.values()) for k in ("samples", "kept"))
+        _log.info("%s keeps %d of %d examples", name, left, samples)
+    return replace(kept, manifest={**kept.manifest, "round": start})
+
+
+def cohort_of(trial: Trial) -> Cohort:
+    """Return who takes part in the curation that a configuration asks for.
+
+    Raises:
+        InputError: public examples that cannot be used.
+    """
+    config, data = trial.config, trial.data
+    if config.curation is None or config.text is None or config.text.answers is None:
+        raise InputError("curation", "nothing", "a table [curation], and [text.answers]")
+    assert isinstance(data, Answers)  # noqa: S101 which [text.answers] makes it
+    return Cohort(
+        trial.model,
+        data,
+        read_public(config.curation, config.text.answers, data),
+        config.curation,
+        config.shape(),
+        config.engine,
+        config.training,
+        config.seed,
+    )
 
 
 _NOT_PROVENANCE = ("engine", "name", "output")

@@ -16,6 +16,8 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Index = np.ndarray[tuple[int], np.dtype[np.int64]]
 Samples = tuple[torch.Tensor, torch.Tensor]
+IGNORED = -100
+"""The label of a token that is no part of the loss, as PyTorch has it."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,17 @@ class Client:
             to [-1, 1] on the way out, anything else is handed out as it is.
         labels: the pool's class numbers [n], int64; of text, the next tokens [n, context].
         splits: for each split, the positions of the client's samples in the pool.
+        weights: what each sample of the pool counts in training [n], from 0 to 1; None where all
+            count the same.
+        domains: number of the domain of each sample of the pool [n], int64; None where there are
+            none.
     """
 
     inputs: torch.Tensor
     labels: torch.Tensor
     splits: dict[Split, Index]
+    weights: torch.Tensor | None = None
+    domains: torch.Tensor | None = None
 
     @classmethod
     def of(cls, train: Samples, test: Samples, validation: Samples | None = None) -> "Client":
@@ -77,6 +85,8 @@ class Client:
         index = torch.from_numpy(np.concatenate([self.splits[split] for split in SPLITS]))
         sizes = torch.tensor([self.count(split) for split in SPLITS])
         own = {"inputs": self.inputs[index].contiguous(), "labels": self.labels[index]}
+        about = {"weights": self.weights, "domains": self.domains}
+        own |= {name: tensor[index] for name, tensor in about.items() if tensor is not None}
         write_atomic(path, save({**own, "sizes": sizes}))
 
     @classmethod
@@ -93,7 +103,8 @@ class Client:
             split: np.arange(start, end)
             for split, start, end in zip(SPLITS, ends, ends[1:], strict=False)
         }
-        return cls(held["inputs"], held["labels"], splits)
+        about = held.get("weights"), held.get("domains")
+        return cls(held["inputs"], held["labels"], splits, *about)
 
     def count(self, split: Split) -> int:
         """Return the number of samples in a split."""
@@ -102,6 +113,13 @@ class Client:
     def batch(self, split: Split) -> Samples:
         """Return a whole split as (inputs, labels)."""
         return take(self.inputs, self.labels, torch.from_numpy(self.splits[split]))
+
+    def weighted(self, split: Split) -> tuple[torch.Tensor, ...]:
+        """Return a whole split as (inputs, labels), and weights where samples have any."""
+        samples = self.batch(split)
+        if self.weights is None:
+            return samples
+        return *samples, self.weights[torch.from_numpy(self.splits[split])]
 
 
 def take(inputs: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> Samples:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
 
 from hansa.data.sources import parquet_files
+from hansa.data.text_sources import hub_table
 from hansa.errors import InputError, first_line
 from hansa.files import write_atomic
 
@@ -253,20 +254,7 @@ def _parquet(path: str, key: str, fields: Fields) -> Iterator[tuple[str, Record]
 
 
 def _hub(name: str, key: str, fields: Fields) -> Iterator[tuple[str, Record]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            key, "a hub data set without the library 'datasets'", "pip install hansa[hub]"
-        ) from error
-    try:
-        loaded = datasets.load_dataset(name, split=fields.hub_split)
-    except Exception as error:  # the library raises a dozen kinds, of three other libraries
-        raise InputError(
-            key,
-            f"'hub:{name}' that could not be loaded ({first_line(error)})",
-            "a data set that the hub has and this machine reaches, or parquet:PATH",
-        ) from error
+    loaded = hub_table(name, fields.hub_split, key)
     batches = loaded.with_format("arrow").iter(1024)
     yield from _rows(loaded.features.arrow_schema, batches, f"hub:{name}", key, fields)
 

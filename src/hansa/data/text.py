@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hansa.data.answers import AnswerOptions
 from hansa.data.clients import SPLITS, Client, Index, Split
 from hansa.data.federate import FederatedData, fingerprint
 from hansa.data.text_sources import Query, read
@@ -20,8 +21,8 @@ class TextOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tokenizer: Literal["bytes", "bpe"] = "bytes"
-    """``bytes``, or a byte-pair encoding trained on the root's text."""
+    tokenizer: Literal["bytes", "bpe", "bundle"] = "bytes"
+    """``bytes``, a byte-pair encoding trained on the root's text, or that of ``model.bundle``."""
     vocabulary: int = Field(512, ge=257, strict=True)
     """Most tokens of the byte-pair encoding."""
     context: int = Field(128, ge=2, strict=True)
@@ -40,6 +41,9 @@ class TextOptions(BaseModel):
     strings."""
     hub_split: str = "train"
     """Split of a hub data set."""
+    answers: AnswerOptions | None = None
+    """How questions and answers become sequences, where the nodes hold those and no prose. Then
+    ``spans``, ``most_kb``, ``column`` and ``hub_split`` are not read."""
 
     @model_validator(mode="after")
     def _leaves_training(self) -> "TextOptions":
@@ -101,7 +105,12 @@ def pack(
 
 
 def federate_text(
-    options: TextOptions, sources: Mapping[str, str], root: str | None, batch_size: int, seed: int
+    options: TextOptions,
+    sources: Mapping[str, str],
+    root: str | None,
+    batch_size: int,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
 ) -> FederatedData:
     """Read, tokenise and split the texts of a run.
 
@@ -114,21 +123,23 @@ def federate_text(
         root: name of the root; it needs text of its own for a byte-pair encoding only.
         batch_size: sequences of a batch; every node must have one to train on.
         seed: of the run. Nothing is drawn from it: the same texts give the same data.
+        tokenizer: what turns text into tokens, in place of that of the options.
 
     Raises:
         InputError: see ``read_text`` and ``pack``; also ``text.tokenizer``, where a byte-pair
             encoding is asked for and the root has no text.
     """
-    if options.tokenizer == "bpe" and root not in sources:
+    train = options.tokenizer == "bpe" and tokenizer is None
+    if train and root not in sources:
         raise InputError(
             "text.tokenizer",
             "'bpe' and no text at the root, which it is trained on",
             "'bytes', or text at the root",
         )
     texts = {name: read_text(s, options, f"nodes.{name}.text") for name, s in sources.items()}
-    tokenizer: Tokenizer = ByteTokenizer()
-    if options.tokenizer == "bpe" and root is not None:
+    if train and root is not None:
         tokenizer = train_bpe(texts[root], options.vocabulary)
+    tokenizer = tokenizer or ByteTokenizer()
     clients = pack(texts, options, tokenizer, batch_size)
     digest = hashlib.sha256(tokenizer.as_json().encode())
     for name, client in clients.items():

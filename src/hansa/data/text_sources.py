@@ -121,23 +121,32 @@ def _parquet(path: str, query: Query) -> Iterator[str]:
 
 
 def _hub(name: str, query: Query) -> Iterator[str]:
+    loaded = hub_table(name, query.hub_split, query.key)
+    column = _column(loaded.features.arrow_schema, f"hub:{name}", query)
+    for table in loaded.select_columns([column]).with_format("arrow").iter(1024):
+        yield from _strings(table.column(column))
+
+
+def hub_table(name: str, split: str, key: str) -> Any:
+    """Return a split of a hub data set, as the library ``datasets`` has it.
+
+    Raises:
+        InputError: the library is missing, or there is no such data set within reach.
+    """
     try:
         import datasets
     except ImportError as error:
         raise InputError(
-            query.key, "a hub data set without the library 'datasets'", "pip install hansa[hub]"
+            key, "a hub data set without the library 'datasets'", "pip install hansa[hub]"
         ) from error
     try:
-        loaded = datasets.load_dataset(name, split=query.hub_split)
+        return datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, of three other libraries
         raise InputError(
-            query.key,
+            key,
             f"'hub:{name}' that could not be loaded ({first_line(error)})",
             "a data set that the hub has and this machine reaches, or parquet:PATH",
         ) from error
-    column = _column(loaded.features.arrow_schema, f"hub:{name}", query)
-    for table in loaded.select_columns([column]).with_format("arrow").iter(1024):
-        yield from _strings(table.column(column))
 
 
 def _column(schema: pa.Schema, place: str, query: Query) -> str:

@@ -1,12 +1,12 @@
 """A federation of one's own objects: a module, clients, a method."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
-from hansa.data.clients import Client
+from hansa.data.clients import IGNORED, Client
 from hansa.errors import InputError
 from hansa.federation.engines.choice import Chooser
 from hansa.federation.engines.engine import RoundResult
@@ -142,7 +142,7 @@ class Federation:
 
     def rounds(
         self, last: int, first: int = 1, score_every: int = 1, plan: Plan | None = None
-    ) -> Iterator[RoundResult]:
+    ) -> Generator[RoundResult]:
         """Run rounds ``first`` to ``last``, yielding each as it ends.
 
         Every ``score_every``-th round and the last one are scored; 0 scores the last one only.
@@ -345,8 +345,10 @@ def check_model(
             raise InputError(
                 "model", f"{error} on {name}'s data", "a model of its inputs"
             ) from error
-        highest = int(client.labels.max())
-        if int(client.labels.min()) < 0 or highest >= classes:
+        highest, lowest = int(client.labels.max()), int(client.labels.min())
+        # Of sequences, tokens may be left out of the loss.
+        fits = lowest >= 0 or (lowest == IGNORED and isinstance(objective, NextToken))
+        if not fits or highest >= classes:
             raise InputError(
                 f"labels of {name}", f"up to {highest}", f"0 to {classes - 1}, one per logit"
             )

@@ -19,6 +19,7 @@ from hansa.federation.node import Node, Setup
 from hansa.federation.optimizer import Training
 from hansa.federation.privacy import affordable, epsilon, noised, poisson
 from hansa.federation.tree import name_of
+from hansa.models.task import Batch
 from hansa.seeding import generator, global_stream
 
 Metrics = dict[str, tuple[float, float]]
@@ -236,7 +237,7 @@ class Leaf:
             return self.setup.task.evaluate(params, buffers, client.batch(split))
 
         samples, setup = client.count("train"), self.setup.at(job.path)
-        return Node(job.path, job.round, samples, setup, validate=validate)
+        return Node(job.path, job.round, samples, setup, validate=validate, client=client)
 
     def order(self, node: Node, stage: str, epoch: int) -> torch.Tensor:
         """Return the order of the client's training samples in an epoch."""
@@ -283,7 +284,7 @@ class Leaf:
         Raises:
             DivergedError: the loss or the weights became infinite or NaN.
         """
-        data = client.batch("train")
+        data = client.weighted("train")
         work = scheduled(node, work)
         with global_stream(self.seed, node.path, node.round, "training"):
             for stage, num in self.method.stages(node, work, epochs):
@@ -292,7 +293,7 @@ class Leaf:
                     drawn = self.batches(node, stage, epoch)
                     for phase in phases:
                         for chosen in drawn:
-                            batch = data[0][chosen], data[1][chosen]
+                            batch: Batch = tuple(part[chosen] for part in data)  # type: ignore[assignment]
                             work = self.method.step(node.setup, work, batch, phase)
                 check_work(node, work)
                 work = scheduled(node, self.method.after(node, work, stage))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from hansa.data.clients import Client
 from hansa.errors import InputError
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.optimizer import Training
@@ -82,6 +83,7 @@ class Node:
         num_children: children of the node, those not asked included.
         validate: at a leaf, parameters and buffers -> metrics as (sum, count) on its validation
             data, or on its training data where it has none for validation.
+        client: at a node with data, what it holds: for a method that looks at samples one by one.
     """
 
     path: str
@@ -90,6 +92,7 @@ class Node:
     setup: Setup
     num_children: int = 0
     validate: Validate | None = None
+    client: Client | None = None
 
 
 @dataclass(frozen=True)

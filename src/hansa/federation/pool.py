@@ -19,7 +19,10 @@ class Pool:
     def __init__(self, clients: Sequence[Client], split: Split, on: OnDevice) -> None:
         index = [torch.from_numpy(client.splits[split]) for client in clients]
         first = clients[0]
-        if all(c.inputs is first.inputs and c.labels is first.labels for c in clients):
+        self._weights: torch.Tensor | None = None
+        weighted = split == "train" and any(client.weights is not None for client in clients)
+        one_pool = all(c.inputs is first.inputs and c.labels is first.labels for c in clients)
+        if one_pool and not weighted:
             self._inputs, self._labels = on(first.inputs, first.labels)
             self._index = index
         else:
@@ -29,6 +32,13 @@ class Pool:
             self._inputs = torch.cat([inputs for inputs, _ in parts]).to(device)
             self._labels = torch.cat([labels for _, labels in parts]).to(device)
             self._index = list(torch.arange(len(self._labels)).split([len(i) for i in index]))
+            if weighted:
+                ones = [torch.ones(len(client.labels)) for client in clients]
+                each = [
+                    (one if client.weights is None else client.weights)[rows]
+                    for client, one, rows in zip(clients, ones, index, strict=True)
+                ]
+                self._weights = torch.cat(each).to(device, torch.get_default_dtype())
 
     def batches(self, orders: Sequence[Sequence[torch.Tensor]], size: int) -> Iterator[Batch]:
         """Yield stacked batches [clients, size, ...], of fewer clients when the last run out.
@@ -55,10 +65,14 @@ class Pool:
         width = max(len(row) for row in rows)
         device = self._labels.device
         if all(len(row) == width for row in rows):
-            return take(self._inputs, self._labels, torch.stack(rows).to(device))
+            index = torch.stack(rows).to(device)
+            samples = take(self._inputs, self._labels, index)
+            return samples if self._weights is None else (*samples, self._weights[index])
         # A client's own sample fills its batch up: another's may be no number.
         index = torch.stack([own[:1].expand(width) for own in self._index[: len(rows)]])
         weights = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
         index[weights] = torch.cat(rows)
-        filled = take(self._inputs, self._labels, index.to(device))
-        return (*filled, weights.to(device, torch.get_default_dtype()))
+        index = index.to(device)
+        filled = take(self._inputs, self._labels, index)
+        held = weights.to(device, torch.get_default_dtype())
+        return (*filled, held if self._weights is None else held * self._weights[index])

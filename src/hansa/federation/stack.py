@@ -381,7 +381,7 @@ def _score_difference(stack: Stack, jobs: Sequence[Job]) -> str:
     for split in SCORED_SPLITS:
         # Unlike numbers of samples, so that something is filled up.
         few = [
-            Client(j.client.inputs, j.client.labels, {**j.client.splits, split: index[: 3 + k]})
+            replace(j.client, splits={**j.client.splits, split: index[: 3 + k]})
             for k, j in enumerate(jobs)
             if len(index := j.client.splits[split])
         ]

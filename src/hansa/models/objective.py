@@ -77,7 +77,9 @@ class NextToken(Objective):
     """The token after each: logits [batch, T, V], labels [batch, T], shifted by one already.
 
     A sequence is a sample: weights are [batch], and every token of a sequence counts the same.
-    Beside the loss per token a data set has ``bits_per_byte``, which compares over tokenizers.
+    Labels below 0 (``data.clients.IGNORED``: a question, padding) are no part of the loss nor of
+    any count. Beside the loss per token a data set has ``bits_per_byte``, which compares over
+    tokenizers.
 
     Attributes:
         bytes_of: bytes of UTF-8 text that each token stands for, int64 [V]; None for one each.
@@ -91,17 +93,20 @@ class NextToken(Objective):
         self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, Metrics]:
         """Return the mean cross-entropy over tokens, and its metrics; see ``Objective``."""
-        correct = logits.detach().argmax(-1) == labels
-        sizes = torch.ones_like(labels) if self.bytes_of is None else self.bytes_of[labels]
+        correct, counts = logits.detach().argmax(-1) == labels, labels >= 0
+        sizes = counts.long()
+        if self.bytes_of is not None:
+            sizes = self.bytes_of[labels.clamp(min=0)] * counts
         rows, targets = logits.flatten(0, 1), labels.flatten()
         if weights is None:
-            loss, num = F.cross_entropy(rows, targets), labels.numel()
-            total, count = loss.detach() * num, torch.full_like(loss, num, requires_grad=False)
+            loss = F.cross_entropy(rows, targets)  # which leaves out labels of -100
+            count = counts.sum().to(loss.dtype)
+            total = loss.detach() * count
         else:
             each = F.cross_entropy(rows, targets, reduction="none").reshape(labels.shape)
             by_token = weights.unsqueeze(1)
             total, correct, sizes = (each * by_token).sum(), correct * by_token, sizes * by_token
-            count = weights.sum() * labels.shape[1]
+            count = (counts * by_token).sum()
             loss = total / count.clamp(min=1)
         right, size = correct.sum(), sizes.sum()
         return loss, {"loss": total.detach(), "accuracy": right, "count": count, "bytes": size}

@@ -85,6 +85,13 @@ class Task:
             whatever else the objective's ``sums`` has.
         """
         inputs, labels, *weights = batch
+        logits = self.logits(params, buffers, inputs, training)
+        return self.objective.loss(logits, labels, weights[0] if weights else None)
+
+    def logits(
+        self, params: Tensors, buffers: Tensors, inputs: torch.Tensor, training: bool = True
+    ) -> torch.Tensor:
+        """Return what the module makes of inputs [batch, ...]; see ``loss``."""
         if self.module.training is not training:
             self.module.train(training)
         tensors = {**params, **buffers}
@@ -92,8 +99,8 @@ class Task:
         tensors |= {name: tensors[n] for name, n in self._aliases.items() if n in tensors}
         # Ties are resolved above, once: PyTorch would look for them at every call, and leaves
         # these tensors in a module that is used in two places.
-        logits = functional_call(self.module, tensors, (inputs,), tie_weights=False)
-        return self.objective.loss(logits, labels, weights[0] if weights else None)
+        found: torch.Tensor = functional_call(self.module, tensors, (inputs,), tie_weights=False)
+        return found
 
     def gradients(
         self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True

@@ -368,14 +368,33 @@ def bars(values: Mapping[str, float], *, title: str, x: str) -> str:
     return _svg(figure, axes)
 
 
-def histogram(values: Mapping[str, Sequence[float]], *, title: str, x: str, y: str) -> str:
-    """Return counts over equal bins, one outline per series, on a logarithmic axis."""
+def histogram(
+    values: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    log: bool = True,
+    span: tuple[float, float] | None = None,
+    marks: Mapping[str, float] | None = None,
+) -> str:
+    """Return counts over equal bins, one outline per series.
+
+    Args:
+        values: series -> numbers.
+        title: the name of the plot.
+        x: what runs along it.
+        y: what runs up.
+        log: whether the counts are on a logarithmic axis.
+        span: the range drawn; what lies outside is counted at its ends.
+        marks: name -> place of an upright line.
+    """
     figure, axes = _figure(title, x, y)
     drawn = [number for row in values.values() for number in row]
-    span = (min(drawn), max(drawn)) if drawn else (0.0, 1.0)
+    span = span or ((min(drawn), max(drawn)) if drawn else (0.0, 1.0))
     for k, (name, row) in enumerate(values.items()):
         axes.hist(
-            row,
+            np.clip(row, *span),
             bins=60,
             range=span,
             histtype="step",
@@ -384,7 +403,10 @@ def histogram(values: Mapping[str, Sequence[float]], *, title: str, x: str, y: s
             color=COLOURS[k % len(COLOURS)],
             linestyle=DASHES[k % len(DASHES)],
         )
-    axes.set_yscale("log", nonpositive="clip")
+    for k, (name, place) in enumerate((marks or {}).items(), 2):
+        axes.axvline(place, label=name, color=COLOURS[k % len(COLOURS)], linestyle=DASHES[2])
+    if log:
+        axes.set_yscale("log", nonpositive="clip")
     return _svg(figure, axes)
 
 

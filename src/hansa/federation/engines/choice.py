@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from hansa.data.clients import Client
 from hansa.errors import InputError
 from hansa.federation.compiled import Programs, has_compiler
 from hansa.federation.engines.local import LocalEngine
@@ -253,7 +252,7 @@ class Chooser:
         for k in range(num):  # as many as asked for, even where there are fewer
             client = self._clients[self._first[k % len(self._first)]]
             most = {s: index[: TRIED * training.batch_size] for s, index in client.splits.items()}
-            clients[f"c{k:03}"] = Client(client.inputs, client.labels, most)
+            clients[f"c{k:03}"] = replace(client, splits=most)
         tree = Tree.flat(clients)
         small = LocalEngine(
             tree,

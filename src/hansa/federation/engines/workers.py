@@ -121,7 +121,7 @@ def check_sendable(leaf: Leaf, num: int) -> None:
 # Within one machine messages need neither checks nor small size: they cross as plain bytes.
 _Tensor = tuple[bytes, torch.dtype, torch.Size]
 _Packed = tuple[dict[str, dict[str, _Tensor]], dict[str, Any], dict[str, tuple[float, float]]]
-_Held = dict[str, tuple[int, int, dict[Split, Index]]]
+_Held = dict[str, tuple[tuple[int, int, int | None, int | None], dict[Split, Index]]]
 _Row = tuple[str, int, _Packed, int, bool]
 _here: Stack
 _clients: dict[str, Client]
@@ -163,8 +163,13 @@ def _portable(clients: Mapping[str, Client]) -> tuple[dict[int, Any], _Held]:
 
     A tensor is shared with a process by a file descriptor, of which there are not many.
     """
-    pools = {id(t): t for client in clients.values() for t in (client.inputs, client.labels)}
-    held = {p: (id(c.inputs), id(c.labels), c.splits) for p, c in clients.items()}
+    pools: dict[int, torch.Tensor] = {}
+    held: _Held = {}
+    for path, c in clients.items():
+        tensors = (c.inputs, c.labels, c.weights, c.domains)
+        pools |= {id(tensor): tensor for tensor in tensors if tensor is not None}
+        about = [None if tensor is None else id(tensor) for tensor in tensors[2:]]
+        held[path] = (id(c.inputs), id(c.labels), about[0], about[1]), c.splits
     if len(pools) <= SHARED:
         return dict(pools), held
     return {key: _packed_tensor(tensor) for key, tensor in pools.items()}, held
@@ -174,7 +179,11 @@ def _enter(leaf: Leaf, plan: Plan, width: int, sent: tuple[dict[int, Any], _Held
     global _here, _clients
     pools = {k: _tensor(*t) if isinstance(t, tuple) else t for k, t in sent[0].items()}
     _here = Stack(leaf, plan, width)
-    _clients = {p: Client(pools[x], pools[y], splits) for p, (x, y, splits) in sent[1].items()}
+    _clients = {}
+    for path, (keys, splits) in sent[1].items():
+        first, second, *about = keys
+        rest = [None if key is None else pools[key] for key in about]
+        _clients[path] = Client(pools[first], pools[second], splits, *rest)
 
 
 def _jobs(rows: list[_Row], sent: dict[int, _Packed]) -> list[Job]:
