@@ -3,6 +3,7 @@ from .bundle import read_bundle as read_bundle
 from .compare import compare as compare
 from .curate import Curated as Curated
 from .curate import curate as curate
+from .curation.scorer import Scorer as Scorer
 from .data.clients import Client as Client
 from .errors import InputError as InputError
 from .export import export as export

@@ -37,6 +37,7 @@ from hansa.curation.federated import Cohort, Counts, check_counts, ledger, param
 from hansa.curation.findings import Holder, compared, separation
 from hansa.curation.masks import MANIFEST, digest, write_samples
 from hansa.curation.measures import CLEAN
+from hansa.curation.scorer import NAMES
 from hansa.curation.scores import SCORES, oriented
 from hansa.curation.thresholds import Threshold
 from hansa.data.answers import AnswerOptions, Answers
@@ -55,8 +56,6 @@ from hansa.training import Trial, cohort_of, completed, prepare
 Step = Literal["score", "threshold", "filter", "train", "report"]
 STEPS: tuple[Step, ...] = get_args(Step)
 Watch = Callable[[str, int, int], None]
-STATS = {"ifd": "ifd_score", "perplexity_whole": "llm_perplexity"}
-"""What Data-Juicer's filters call a score of ours; others go by our names."""
 _log = logging.getLogger("hansa")
 
 
@@ -183,7 +182,7 @@ class _Stage:
             examples, folder = self._data.examples[name], self.path / "clients" / name
             values = {score: oriented(score, each) for score, each in scores.items()}  # and back
             write_samples(folder, examples, values, keep)
-            columns = {STATS.get(score, score): each.tolist() for score, each in values.items()}
+            columns = {NAMES.get(score, score): each.tolist() for score, each in values.items()}
             columns["hansa_keep"] = keep["keep"].double().tolist()
             if "weights" in keep:
                 columns["hansa_weight"] = keep["weights"].tolist()

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
-
 from tiny import BLANK, samples, task
+
 from hansa.curation.gradients import Sketch, gradients, mean_gradient, stored
 from hansa.curation.influence import datainf, products
 from hansa.curation.scores import INFLUENCE, VALIDATION, Point, Sample, measure
@@ -86,7 +86,7 @@ def scored(made, pair, validation, *names):  # type: ignore[no-untyped-def]
 
 
 def test_a_copy_of_a_validation_sample_helps_and_its_opposite_does_not() -> None:
-    """Among forty others a duplicate is in the top 5 %, one with another answer below the median."""
+    """Among forty others a copy is in the top 5 %, its twin with another answer below the median."""
     others = [(f"what of {k}?", f"{'abcdefgh'[k % 8] * 4}{k}") for k in range(40)]
     good, bad = ("is it so?", "yes yes yes"), ("is it so?", "qqq qqq qqq")
     made = task(lora=False)

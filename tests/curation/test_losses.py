@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tiny import BLANK, CONTEXT, PAIRS, packed, samples, task
+
 from hansa.curation.losses import losses
 from hansa.curation.scores import SCORES, Point, Sample, measure, oriented
 from hansa.curation.sequences import alone, answers, spans, whole

@@ -28,7 +28,7 @@ def level(
 
 
 def test_levels_by_hand() -> None:
-    """Of 1 to 19, the tenth of 20 places is the 2nd; the mean is 10; the mean of the first five 3."""
+    """Of 1 to 19 a tenth of 20 places is the 2nd, the mean 10, the mean of the first five 3."""
     values = [float(k) for k in range(1, 20)]
     assert level(ThresholdOptions(rate=0.1), values).levels == {-1: 2.0}
     assert level(ThresholdOptions(kind="anchor_mean"), values).levels == {-1: 10.0}
