@@ -67,6 +67,7 @@ def test_a_share_keeps_the_best_of_each_client() -> None:
     assert kept.tolist() == [True, False, True, False, False]  # half of four; the first of equals
 
 
+@settings(deadline=None)
 @given(
     num=st.integers(5, 400),
     rate=st.floats(0.01, 0.5),

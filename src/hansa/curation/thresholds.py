@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.stats import beta
@@ -240,8 +241,8 @@ def rank_of(rate: float, num: int, confidence: float | None = None) -> int:
     """
     if confidence is None:
         return int(rate * (num + 1) + 1e-9)
-    fitting = [k for k in range(1, num + 1) if beta.ppf(confidence, k, num + 1 - k) <= rate]
-    return max(fitting, default=0)
+    places = np.arange(1, num + 1)
+    return int((beta.ppf(confidence, places, num + 1 - places) <= rate).sum())  # it grows with k
 
 
 def _bound(place: int, num: int) -> Bound:
