@@ -335,7 +335,7 @@ class _Stage:
         return self.cohort.held(store)
 
     def _manifest(self) -> dict[str, Any]:
-        model = digest(params_of(self.trial.model))
+        model = digest(self.trial.model.state_dict())
         about = self.cohort.manifest(self._threshold, model, self._samples, self._kept)
         return {**about, "round": 0}
 
@@ -347,7 +347,7 @@ class _Stage:
         options = self.options.model_dump(mode="json", include=set(names))
         about = [step, options]
         if step == "score":
-            model = digest(params_of(self.trial.model))
+            model = digest(self.trial.model.state_dict())
             about += [self._data.fingerprint, self.cohort.public.fingerprint, model]
             if options["warm_up"] is not None:
                 values = self.config.as_dict()

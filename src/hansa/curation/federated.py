@@ -342,7 +342,7 @@ def curated(cohort: Cohort, model: nn.Module) -> Kept:
     return Kept(
         {name: keep for name, _, keep in cohort.held(store)},
         {
-            **cohort.manifest(threshold, digest(at), samples, kept),
+            **cohort.manifest(threshold, digest(model.state_dict()), samples, kept),
             "ledger": ledger(scored, filtered),
         },
     )
