@@ -110,7 +110,7 @@ class Bench:
             "name": f"{'real' if real else 'made'}-{spoilt}",
             "output": str(self.output),
             "seed": seed,
-            "rounds": 4 if self.quick else 12,
+            "rounds": 4 if self.quick else 20,
             "score_every": 0,
             "compare_up_to": 0,
             "text": {
@@ -130,7 +130,7 @@ class Bench:
                 "optimizer": "adamw",
                 "lr": 0.01,
                 "lr_end": 0.001,
-                "lr_rounds": 12,
+                "lr_rounds": 20,
                 "batch_size": 16,
                 "steps": 12,
             },

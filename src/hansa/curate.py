@@ -37,9 +37,10 @@ from hansa.curation.federated import Cohort, Counts, check_counts, ledger, param
 from hansa.curation.findings import Holder, compared, separation
 from hansa.curation.masks import MANIFEST, digest, write_samples
 from hansa.curation.measures import CLEAN
+from hansa.curation.options import CurationOptions
 from hansa.curation.scorer import NAMES
 from hansa.curation.scores import SCORES, oriented
-from hansa.curation.thresholds import Threshold
+from hansa.curation.thresholds import Threshold, ThresholdOptions
 from hansa.data.answers import AnswerOptions, Answers
 from hansa.data.examples import write_jsonl
 from hansa.errors import InputError
@@ -277,14 +278,17 @@ class _Stage:
 
     def _runs(self) -> dict[str, RunConfig]:
         """Return what is trained to compare: on all, on kept, and on clean examples."""
-        kept = self.options.model_copy(update={"masks": str(self.path), "every": 0})
-        clean = kept.model_copy(update={"masks": str(self.path / "clean"), "soft": False})
+        # How the masks were found is in their manifest, and no part of these configurations.
+        kept, clean = (
+            CurationOptions(masks=str(path), threshold=ThresholdOptions(kind="share"))
+            for path in (self.path, self.path / "clean")
+        )
         wanted = {"all": None, "filtered": kept} | ({"clean": clean} if self._is_labelled else {})
         mark = self._done.get("filter", "")[:8]
         return {
             name: self.config.model_copy(
                 update={
-                    "name": name if name == "all" else f"{name}-{mark}",
+                    "name": f"{name}-{mark}" if name == "filtered" else name,
                     "output": str(self.path / "runs"),
                     "curation": curation,
                 }
