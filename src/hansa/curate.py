@@ -111,7 +111,7 @@ def curate(
     cohort = cohort_of(trial)
     name = f"{config.name}-seed{config.seed}-curation"
     path = Path(out) if out is not None else Path(config.output) / name
-    path.mkdir(parents=True, exist_ok=True)
+    _check_folder(path)
     with locked(path):
         stage = _Stage(path, trial, cohort, watch or (lambda what, done, total: None))
         wanted = STEPS[: STEPS.index(until) + 1]
@@ -137,6 +137,7 @@ class _Stage:
         self.path, self.trial, self.cohort, self.watch = path, trial, cohort, watch
         self.config, self.options = trial.config, cohort.options
         self._done: dict[str, str] = _read_json(path / "steps.json")
+        write_atomic(path / "steps.json", _json(self._done))
         write_atomic(path / "config.toml", self.config.as_toml())
 
     def score(self) -> None:
@@ -336,7 +337,10 @@ class _Stage:
 
     def _held(self, upto: int = 2) -> Iterator[tuple[str, Tensors, Tensors]]:
         store = DiskStore(self.path / "states", upto, reads_only=True)
-        return self.cohort.held(store)
+        for name, scores, keep in self.cohort.held(store):
+            if not scores:
+                raise InputError(str(self.path / "states"), f"no scores of {name}", "them whole")
+            yield name, scores, keep
 
     def _manifest(self) -> dict[str, Any]:
         model = digest(self.trial.model.state_dict())
@@ -370,6 +374,20 @@ class _Stage:
         before = STEPS[: STEPS.index(step)]
         self._done = {name: k for name, k in self._done.items() if name in before} | {step: key}
         write_atomic(self.path / "steps.json", _json(self._done))
+
+
+def _check_folder(path: Path) -> None:
+    """Make the folder of a curation, unless something else lies there.
+
+    Raises:
+        InputError: something does.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / "steps.json").exists():
+        own = {".lock", "config.toml", ".config.toml.tmp", ".steps.json.tmp"}
+        if odd := sorted({entry.name for entry in path.iterdir()} - own):
+            found = f"{path} with {odd[0]} in it"
+            raise InputError("--out", found, "a new folder, or that of a curation")
 
 
 def _shares(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, Any]:

@@ -418,8 +418,10 @@ def _curated(trial: Trial, start: int) -> Kept:
         kept = read_kept(Path(options.masks))
         return replace(kept, manifest={**kept.manifest, "round": start, "ledger": []})
     model = trial.federation.model_of(ROOT)
-    _log.info("scoring the clients' examples by %s", ", ".join(options.scores))
-    kept = curated(cohort_of(trial), model)
+    _log.info("scoring the clients' examples by %s", ", ".join(options.deciding))
+    cohort = cohort_of(trial)
+    deciding = options.model_copy(update={"scores": options.deciding})
+    kept = curated(replace(cohort, options=deciding), model)
     for name, each in kept.manifest["counts"].items():
         samples, left = (sum(row[k] for row in each.values()) for k in ("samples", "kept"))
         _log.info("%s keeps %d of %d examples", name, left, samples)

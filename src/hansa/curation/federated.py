@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -246,7 +247,8 @@ class Cohort:
         store.put(ROOT, sent)
         federation.keep_states_in(store, number - 1)
         # One round more than is run: after the last one models would be scored.
-        result = next(federation.rounds(number + 1, number, score_every=0))
+        with closing(federation.rounds(number + 1, number, score_every=0)) as rounds:
+            result = next(rounds)
         counts = federation.state_of(ROOT).group(COUNTS)
         named = {name_of(path): counts[path].clamp(min=0) for path in sorted(counts)}
         result = replace(result, number=0, engine=f"curation, {result.engine}")
