@@ -67,8 +67,10 @@ class Bench:
     def __init__(self, quick: bool, seeds: Sequence[int], output: Path, data: str | None) -> None:
         self.quick, self.seeds, self.output, self.data = quick, seeds, output, data
         self.rounds = 4 if quick else 10
-        self.num = 120 if quick else 250
+        self.num = 80 if quick else 250
         self.anchors = 80 if quick else 160
+        self.cases = ("even", "uneven") if quick else tuple(SPOILT)
+        self.warm_up = {"rounds": 4, "keep": [2, 4]} if quick else WARM_UP
 
     def base(self, seed: int, real: bool = False) -> str:
         """Return the bundle of the public model, trained unless it is there."""
@@ -139,7 +141,7 @@ class Bench:
                 "scores": [DEFAULT, *(name for name in SCORES if name != DEFAULT)],
                 "anchors": source["anchors"],
                 "validation": source["validation"],
-                "warm_up": {"rounds": 10, "keep": [2, 5, 8, 10]},
+                "warm_up": self.warm_up,
                 "guard": {"action": "warn"},
             },
         }
@@ -215,6 +217,7 @@ class Bench:
         raise AssertionError
 
 
+WARM_UP = {"rounds": 10, "keep": [2, 5, 8, 10]}
 SMALL = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2}
 PUBLIC = ("root", "public", "anchors", "validation")
 
@@ -259,9 +262,11 @@ def training(bench: Bench) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for seed in bench.seeds:
         config = bench.config(seed, "uneven")
-        cases = {"quantile": {}, "anchor mean": {"kind": "anchor_mean", "anchors": 10}}
-        clean = 1 - sum(UNEVEN) / len(UNEVEN)
-        cases["same share"] = {"kind": "share", "share": clean}
+        cases: dict[str, dict[str, Any]] = {"quantile": {}}
+        if not bench.quick:
+            cases["anchor mean"] = {"kind": "anchor_mean", "anchors": 10}
+            clean = 1 - sum(UNEVEN) / len(UNEVEN)
+            cases["same share"] = {"kind": "share", "share": clean}
         for rule, threshold in cases.items():
             config["curation"]["threshold"] = threshold
             losses = hansa.curate(config, train_too=True).summary["test_loss"]
@@ -365,7 +370,7 @@ def main() -> None:
     if "separation" in wanted:
         result["separation"] = separations(bench)
     if "thresholds" in wanted:
-        result["thresholds"] = thresholds(bench, list(SPOILT))
+        result["thresholds"] = thresholds(bench, bench.cases)
     if "training" in wanted:
         result["training"] = training(bench)
     if "cost" in wanted:

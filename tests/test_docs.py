@@ -2,15 +2,20 @@
 
 import re
 import shutil
+from ast import literal_eval
 from pathlib import Path
 
 import pytest
 
 from hansa.config import load
+from hansa.curation.options import CurationOptions, Guard, ThresholdOptions, WarmUp
+from hansa.curation.scores import SCORES
+from hansa.data.corruption import Corruption
 from hansa.federation.methods import METHODS
 from hansa.federation.methods.official import QUIRKS
 from hansa.pruning import SCORERS
 from hansa.pruning.options import PruningOptions
+from hansa.training import train
 from support import alone
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +43,33 @@ def test_code_in_the_guide_to_pruning_runs(capsys) -> None:
     (code,) = blocks(ROOT / "docs" / "pruning.md", "python")
     exec(code, {})  # noqa: S102
     assert 0.049 < float(capsys.readouterr().out.split()[-1]) < 0.051
+
+
+def test_code_about_scores_runs(tmp_path, monkeypatch, capsys) -> None:
+    (code,) = blocks(ROOT / "docs" / "curation.md", "python")
+    monkeypatch.chdir(tmp_path)
+    quick = ["rounds=1", "training.lr_rounds=2", "training.steps=1", "training.batch_size=4"]
+    quick += [f"nodes.{n}.text='made:all?num=40&style=public&seed={n}'" for n in ("root", "public")]
+    train(
+        ROOT / "examples" / "curation-base.toml",
+        overrides=[
+            text.replace("seed=root", "seed=1").replace("seed=public", "seed=2") for text in quick
+        ],
+    )
+    capsys.readouterr()
+    exec(code, {})  # noqa: S102
+    found = literal_eval(capsys.readouterr().out.splitlines()[-1])
+    assert found.keys() == {"ifd_score", "conditional_loss"}
+    assert all(value > 0 for value in found.values())
+
+
+def test_every_score_and_option_of_curation_is_documented() -> None:
+    text = (ROOT / "docs" / "curation.md").read_text()
+    assert all(f"| `{name}` |" in text for name in SCORES)
+    kinds = (CurationOptions, ThresholdOptions, WarmUp, Corruption)
+    keys = {key for kind in kinds for key in kind.model_fields}
+    keys |= {f"guard.{key}" for key in Guard.model_fields} - {"guard.action"}
+    assert not [key for key in keys if f"`{key}" not in text and f"curation.{key}" not in text]
 
 
 def test_every_scorer_and_option_of_pruning_is_documented() -> None:
