@@ -13,6 +13,7 @@ from hansa.federation.tree import ROOT
 from hansa.files import write_atomic
 from hansa.report import language
 from hansa.report.effort import private_nodes
+from hansa.report.kept import kept
 from hansa.report.parts import Part, plot, table
 from hansa.report.plots import Series, dots, heatmap, lines, size
 from hansa.runs import Run
@@ -53,7 +54,7 @@ def report(runs: Sequence[Run], out: Path | None = None) -> Path:
     if is_language:
         content = {
             "lead": language.lead(first, f"{_methods(labelled)}, {seed}"),
-            "tables": [language.results(labelled), *absent, speed],
+            "tables": [language.results(labelled), *absent, *_kept(labelled), speed],
             "scored": [],
             "plots": language.plots(labelled),
         }
@@ -92,6 +93,10 @@ def write_page(page: Path, **content: Any) -> Path:
     except OSError as error:
         raise InputError(str(page), f"no place to write ({error.strerror})", "a path") from error
     return page
+
+
+def _kept(runs: dict[str, Run]) -> list[Part]:
+    return [part for label, run in runs.items() for part in kept(label, run, len(runs) > 1)]
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
