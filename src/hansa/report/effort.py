@@ -37,7 +37,7 @@ def passes_of(run: Run) -> list[Pass]:
     """Return what every round of a language run cost, in order.
 
     Steps are counted from the tokens that a node trained on; those of private training, which
-    tells nothing of that, are as configured.
+    tells nothing of that, and of questions with answers, which differ in length, are as configured.
     """
     tree, steps, traffic = run.config.shape(), _steps(run), traffic_of(run)
     timed = run.history.table("rounds").to_pydict()
@@ -107,7 +107,9 @@ def _steps(run: Run) -> dict[int, dict[str, int | None]]:
     for row in run.history.table("ledger").to_pylist():
         path, counts = row["node"], found.setdefault(row["round"], {})
         own = rules[path].applied(config.training) if path in rules else config.training
-        if row["count"]:
+        if row["count"] and config.text is not None and config.text.answers is not None:
+            counts[path] = None if own.steps is None else own.steps * own.epochs
+        elif row["count"]:
             # A pass over all data may end in a smaller batch, so epochs are counted one by one.
             turns = own.epochs if own.steps is None else 1
             batches = -(-row["count"] // (context * own.batch_size * turns)) * turns

@@ -133,7 +133,8 @@ def tree_of(run: Run, named: str = "") -> Part:
         name, up, down = name_of(path), *edges.get(path, (0, 0))
         said = [name]
         if path in hold:
-            said.append(str(run.config.nodes[name].text))
+            # Options of a source, which stand in the table below, would not fit the box.
+            said.append(str(run.config.nodes[name].text).partition("?")[0])
             said += [f"perplexity {number(reached[name])}"] if name in reached else []
             work = [f"{steps[path]} steps"] if path in steps else []
             if path in private:
