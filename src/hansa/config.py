@@ -238,9 +238,11 @@ def _validate(values: dict[str, Any]) -> RunConfig:
     _check_text(config, values)
     _check_curation(config)
     try:
-        return config.model_copy(update={"method": METHODS[name].model_validate(options)})
+        config = config.model_copy(update={"method": METHODS[name].model_validate(options)})
     except ValidationError as error:
         raise explain(error, METHODS[name], options, "method.") from error
+    _check_scored(config)
+    return config
 
 
 def _check_text(config: RunConfig, values: Mapping[str, Any]) -> None:
@@ -295,6 +297,20 @@ def _check_curation(config: RunConfig) -> None:
                 "privacy beside [curation], whose looks at the data its budget does not count",
                 "one of them",
             )
+
+
+def _check_scored(config: RunConfig) -> None:
+    """Refuse to score by a model that training makes where it makes none that is common.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if config.curation is None or config.method.common:
+        return
+    for key in ("every", "warm_up"):
+        if getattr(config.curation, key):
+            found = f"scores by a trained model with method {config.method.name!r}, which has none"
+            raise InputError(f"curation.{key}", found, "another method, or scores before training")
 
 
 def _check_tokenizers(nodes: Any) -> None:

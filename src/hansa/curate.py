@@ -58,6 +58,8 @@ Step = Literal["score", "threshold", "filter", "train", "report"]
 STEPS: tuple[Step, ...] = get_args(Step)
 Watch = Callable[[str, int, int], None]
 _log = logging.getLogger("hansa")
+_NOT_OF_SCORES = ("name", "output", "engine", "rounds", "score_every", "compare_up_to", "curation")
+"""Keys of a configuration that change no parameters after a given round."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ class _Stage:
         if self._is_done("filter", key):
             return
         clean = self.path / "clean"
+        for folder in (self.path, clean):  # they would stand for masks of two thresholds
+            (folder / MANIFEST).unlink(missing_ok=True)
         for done, (name, scores, keep) in enumerate(self._held()):
             self.watch("writing masks", done, len(self._samples))
             examples, folder = self._data.examples[name], self.path / "clients" / name
@@ -259,7 +263,9 @@ class _Stage:
             self.watch("training for gradients", number, warm_up.rounds)
             path = self.path / "runs" / f"warm-up-{key[:8]}-{number:08d}.safetensors"
             if path.exists():
-                yield safetensors.torch.load(path.read_bytes()), self.config.training.rate(number)
+                held = safetensors.torch.load(path.read_bytes())
+                params = {name: held[name] for name in params_of(self.trial.model)}
+                yield params, self.config.training.rate(number)
                 continue
             # One run that goes on: a run of its own for each would train the first rounds again.
             config = self.config.model_copy(
@@ -316,6 +322,12 @@ class _Stage:
         return all(example.kind for example in examples)
 
     @property
+    def _labels(self) -> list[list[str]]:
+        """What is said of the examples beside their text, which the data's fingerprint is of."""
+        examples = [e for name in self._leaves for e in self._data.examples[name]]
+        return [[e.id, e.domain, e.kind] for e in examples]
+
+    @property
     def _anchors(self) -> Tensors:
         return decode((self.path / "scores.msg").read_bytes()).group("anchors")
 
@@ -353,13 +365,14 @@ class _Stage:
     def _key(self, step: str, *names: str) -> str:
         """Return what a step stands on: options, data, model, and the step before."""
         options = self.options.model_dump(mode="json", include=set(names))
-        about = [step, options]
+        about: list[object] = [step, options]
         if step == "score":
             model = digest(self.trial.model.state_dict())
             about += [self._data.fingerprint, self.cohort.public.fingerprint, model]
+            about += [self.config.seed, list(self.cohort.tree.leaves()), self._labels]
             if options["warm_up"] is not None:
                 values = self.config.as_dict()
-                about += [values["method"], values["training"]]
+                about.append({k: v for k, v in values.items() if k not in _NOT_OF_SCORES})
         else:
             about.append(self._done[{"threshold": "score", "filter": "threshold"}[step]])
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -382,7 +395,10 @@ def _check_folder(path: Path) -> None:
     Raises:
         InputError: something does.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(str(path), f"no folder ({error.strerror})", "a folder to make") from error
     if not (path / "steps.json").exists():
         own = {".lock", "config.toml", ".config.toml.tmp", ".steps.json.tmp"}
         if odd := sorted({entry.name for entry in path.iterdir()} - own):

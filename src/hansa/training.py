@@ -57,6 +57,12 @@ def train(
         InputError: input that cannot be used, a loss that is no number included.
     """
     wanted, run = _open(config, overrides, resume)
+    if (asked := wanted.curation) is not None and asked.warm_up and asked.masks is None:
+        raise InputError(
+            "curation.warm_up",
+            "a table, which training has no time for",
+            "`hansa curate`, and its folder as curation.masks",
+        )
     trial = prepare(wanted, masks=run.masks if run else None)
     # The folder is made last, so that wrong input leaves nothing behind.
     run = Run.create(wanted) if run is None else run

@@ -86,7 +86,7 @@ def scored(made, pair, validation, *names):  # type: ignore[no-untyped-def]
 
 
 def test_a_copy_of_a_validation_sample_helps_and_its_opposite_does_not() -> None:
-    """Among forty others a copy is in the top 5 %, its twin with another answer below half."""
+    """Of forty others a copy is in the top 5 %, its twin with another answer below the median."""
     others = [(f"what of {k}?", f"{'abcdefgh'[k % 8] * 4}{k}") for k in range(40)]
     good, bad = ("is it so?", "yes yes yes"), ("is it so?", "qqq qqq qqq")
     made = task(lora=False)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import grad, vmap
 
+from hansa.data.clients import IGNORED
 from hansa.models.objective import CLASSIFICATION, NextToken
 from hansa.models.task import Task
 
@@ -162,3 +163,95 @@ def test_classification_has_no_bytes() -> None:
         sums = {name: metric.item() for name, metric in metrics.items()}
         assert set(CLASSIFICATION.totals(sums)) == {"loss", "accuracy"}
     assert CLASSIFICATION.to("meta") is CLASSIFICATION
+
+
+# Labels that are ignored: a question, and what stands behind an answer.
+
+
+def partly(seed: int = 0, size: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences of which 1, 2, 3... labels count, at different places."""
+    logits, labels = drawn(size, seed)
+    for k in range(size):
+        counted = min(k + 1, LENGTH - 1)
+        start = k % (LENGTH - counted + 1)
+        labels[k, :start] = IGNORED
+        labels[k, start + counted :] = IGNORED
+    return logits, labels
+
+
+def by_hand(
+    logits: torch.Tensor, labels: torch.Tensor, weights: list[float], sizes: list[int]
+) -> dict[str, float]:
+    """Return the sums over counted labels, one label at a time."""
+    sums = dict.fromkeys(("loss", "accuracy", "count", "bytes"), 0.0)
+    for row, wanted, weight in zip(logits.double(), labels.tolist(), weights, strict=True):
+        for each, label in zip(row, wanted, strict=True):
+            if label == IGNORED:
+                continue
+            sums["loss"] -= weight * float(each.log_softmax(-1)[label])
+            sums["accuracy"] += weight * float(each.argmax() == label)
+            sums["count"] += weight
+            sums["bytes"] += weight * sizes[label]
+    return sums
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 1.0, 1.0], [1.0, 0.0, 0.25], [0.5, 0.5, 0.9]])
+def test_ignored_labels_are_in_no_sum(weights: list[float] | None) -> None:
+    logits, labels = partly()
+    sizes = [1, 2, 3, 4, 5]
+    given = None if weights is None else torch.tensor(weights)
+    loss, metrics = NextToken(torch.tensor(sizes)).loss(logits, labels, given)
+    expected = by_hand(logits, labels, weights or [1.0] * 3, sizes)
+    assert {name: m.item() for name, m in metrics.items()} == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == pytest.approx(expected["loss"] / expected["count"], rel=1e-5)
+    plain = NextToken().loss(logits, labels, given)[1]
+    assert plain["bytes"].item() == pytest.approx(expected["count"])
+    slope = grad(lambda x: NextToken().loss(x, labels, given)[0])(logits)
+    assert not slope[labels < 0].any()
+    assert slope[0, labels[0] >= 0].any()
+
+
+def test_what_is_ignored_may_hold_anything() -> None:
+    logits, labels = partly()
+    other = torch.where((labels < 0)[..., None], torch.full_like(logits, 7.0), logits)
+    for weights in (None, torch.tensor([1.0, 0.5, 0.0])):
+        first, second = (NextToken().loss(each, labels, weights) for each in (logits, other))
+        assert torch.equal(first[0], second[0])
+        assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_clients_side_by_side_ignore_their_own_labels(weighted: bool) -> None:
+    objective = NextToken(torch.tensor([1, 2, 3, 4, 5]))
+    pairs = [partly(seed) for seed in range(3)]
+    pairs[1][1][0] = IGNORED  # a sequence of which nothing counts
+    logits, labels = (torch.stack(part) for part in zip(*pairs, strict=True))
+    weights = torch.tensor([[1.0, 0.5, 1], [1, 0, 0.25], [0, 0, 0]]) if weighted else None
+    call = grad(objective.loss, has_aux=True)
+    slopes, metrics = vmap(call, in_dims=(0, 0, 0 if weighted else None))(logits, labels, weights)
+    for k, (own_logits, own_labels) in enumerate(pairs):
+        slope, own = call(own_logits, own_labels, None if weights is None else weights[k])
+        torch.testing.assert_close(slopes[k], slope)
+        for name, metric in own.items():
+            torch.testing.assert_close(metrics[name][k], metric)
+
+
+def test_without_ignored_labels_the_loss_is_pytorchs_to_the_bit() -> None:
+    for seed in range(5):
+        logits, labels = drawn(7, seed)
+        loss, metrics = NextToken().loss(logits, labels, None)
+        expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        assert torch.equal(loss, expected)
+        assert metrics["count"].item() == 7 * LENGTH
+
+
+def test_an_evaluation_counts_no_ignored_label() -> None:
+    module = Given(torch.randn(VOCABULARY, VOCABULARY, generator=seeded()))
+    _, labels = partly(size=7)
+    inputs = torch.randint(VOCABULARY, (7, LENGTH), generator=seeded(1))
+    task = Task(module, NextToken(torch.tensor([1, 2, 3, 4, 5])))
+    for size in (1, 8, 1024):
+        scores = task.evaluate(task.params, {}, (inputs, labels), size)
+        expected = by_hand(module.table.detach()[inputs], labels, [1.0] * 7, [1, 2, 3, 4, 5])
+        assert scores["loss"] == pytest.approx((expected["loss"], expected["count"]))
+        assert scores["bits_per_byte"][1] == expected["bytes"]

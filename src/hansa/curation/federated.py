@@ -20,6 +20,7 @@ from hansa.curation.protocol import (
     KEEP_GROUP,
     SCORES_GROUP,
     Curate,
+    noise_below,
     points_from,
     sent_points,
     sent_threshold,
@@ -204,6 +205,7 @@ class Cohort:
         return manifest(
             threshold,
             rule=self.options.threshold.model_dump(mode="json", exclude_none=True),
+            soft=self.options.soft,
             domains=self.public.domains,
             data=self.data.fingerprint,
             public=self.public.fingerprint,
@@ -250,6 +252,9 @@ class Cohort:
         with closing(federation.rounds(number + 1, number, score_every=0)) as rounds:
             result = next(rounds)
         counts = federation.state_of(ROOT).group(COUNTS)
+        if missing := [name_of(path) for path in self.tree.leaves() if path not in counts]:
+            found = f"no counts of {', '.join(missing[:3])}"
+            raise InputError("curation", found, "an answer of every client: another try")
         named = {name_of(path): counts[path].clamp(min=0) for path in sorted(counts)}
         result = replace(result, number=0, engine=f"curation, {result.engine}")
         return named, result
@@ -291,20 +296,22 @@ def check_counts(
         InputError: a floor is not reached, and ``guard.action`` is ``stop``; a domain without
             anchors, where each domain has a threshold of its own.
     """
+    # What is not above it may be noise alone, of which nothing follows.
+    noise = 0.0 if options.epsilon is None else noise_below(options.epsilon)
     if options.threshold.per_domain:
         for name, each in samples.items():
-            if other := int(each[-1, 0]):
+            if (other := int(each[-1, 0])) > noise:
                 found = f"{other} samples of {name} in a domain that no anchor has"
                 raise InputError("curation.anchors", found, "anchors of every domain")
     guard, short = options.guard, list[tuple[str, str]]()
     for name, each in samples.items():
         num, left = int(each[:, 0].sum()), int(kept[name][:, 0].sum())
-        if num and (left == 0 or left < guard.client * num):
+        if num > noise and (left == 0 or left < guard.client * num):
             short.append(("client", f"client {name} keeps {left} of {num} samples"))
     rows = (*domains, "any other")
     for k, name in enumerate(rows):
-        num = sum(int(each[k, 0]) for each in samples.values())
-        left = sum(int(each[k, 0]) for each in kept.values())
+        held = [client for client, each in samples.items() if each[k, 0] > noise]
+        num, left = (sum(int(of[client][k, 0]) for client in held) for of in (samples, kept))
         if len(domains) > 1 and num and left < guard.domain * num:
             short.append(("domain", f"domain {name!r} keeps {left} of {num} samples"))
     if short and guard.action == "stop":

@@ -40,7 +40,8 @@ class Kept:
         """Return data without what is not kept, or where there are weights with those.
 
         Raises:
-            InputError: made of other data, or a client that is left without a sample.
+            InputError: made of other data, not one for each sample, or a client that is left
+                without a sample.
         """
         if self.manifest["data"] != data.fingerprint:
             raise InputError(
@@ -51,15 +52,23 @@ class Kept:
         clients = dict(data.clients)
         for name, held in self.clients.items():
             client = clients[name]
-            if not bool(held.get("weights", held["keep"]).any()):
-                raise InputError(f"curation of {name}", "no sample that is kept", "at least one")
+            index = client.splits["train"]
+            weights = held.get("weights", held["keep"])
+            if len(weights) != len(index):
+                found = f"{len(weights)} masks of {name}"
+                raise InputError("curation.masks", found, f"one for each of {len(index)} samples")
+            if not bool(weights.any()):
+                raise InputError(
+                    "curation", f"no sample of {name} that is kept", "at least one; or without it"
+                )
+            # What counts nothing goes as well: a loss that is no number is none at weight 0 either.
+            train = index[(weights > 0).numpy()]
+            client = replace(client, splits={**client.splits, "train": train})
             if "weights" in held:
-                weights = torch.ones(len(client.labels))
-                weights[torch.from_numpy(client.splits["train"])] = held["weights"].float()
-                clients[name] = replace(client, weights=weights)
-            else:
-                train = client.splits["train"][held["keep"].numpy()]
-                clients[name] = replace(client, splits={**client.splits, "train": train})
+                counted = torch.ones(len(client.labels))
+                counted[torch.from_numpy(index)] = weights.float()
+                client = replace(client, weights=counted)
+            clients[name] = client
         return replace(data, clients=clients)
 
 
@@ -67,6 +76,7 @@ def manifest(
     threshold: Threshold,
     *,
     rule: Mapping[str, Any],
+    soft: bool,
     domains: Sequence[str],
     data: str,
     public: str,
@@ -80,6 +90,7 @@ def manifest(
     Args:
         threshold: what was sent to the clients.
         rule: the options it was set by, as JSON values.
+        soft: whether samples have weights.
         domains: names of the domains.
         data: fingerprint of the clients' data.
         public: fingerprint of the public examples.
@@ -88,17 +99,16 @@ def manifest(
         kept: client -> samples kept by domain.
         epsilon: what the counts are private by, None where they are exact.
     """
-    rows = [*domains, "other"]
-    levels = {rows[k]: value for k, value in threshold.levels.items()}
-    levels["all"] = levels.pop("other")
+    rows, everything = [*domains, _unlike("other", domains)], _unlike("all", domains)
+    names = {**dict(enumerate(domains)), -1: everything}
+    levels = {names[k]: value for k, value in threshold.levels.items()}
     about: dict[str, Any] = {
         "scores": list(threshold.by),
         "rule": dict(rule),
         # JSON has no infinities: null stands for a threshold that rejects nothing.
         "thresholds": {k: v if v != float("-inf") else None for k, v in levels.items()},
-        "false_rejection": {
-            "all" if k == -1 else rows[k]: vars(bound) for k, bound in threshold.bounds.items()
-        },
+        "false_rejection": {names[k]: vars(bound) for k, bound in threshold.bounds.items()},
+        "soft": soft,
         "data": data,
         "public": public,
         "model": model,
@@ -116,6 +126,11 @@ def manifest(
     }
     text = json.dumps(about, sort_keys=True)
     return {**about, "digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _unlike(name: str, taken: Sequence[str]) -> str:
+    """Return a name that is not taken."""
+    return _unlike(f"{name} *", taken) if name in taken else name
 
 
 def digest(tensors: Tensors) -> str:

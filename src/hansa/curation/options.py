@@ -88,14 +88,16 @@ class CurationOptions(_Section):
             raise ValueError("at least one of scores")
         if odd := [name for name in self.by if name not in self.scores]:
             raise ValueError(f"by among scores, and so {odd[0]!r} in both")
+        if self.masks is not None:  # they were made by then
+            if self.every:
+                raise ValueError("masks or every, not both")
+            return self
         if self.anchors is None and (self.threshold.kind != "share" or len(self.deciding) > 1):
             raise ValueError("anchors, by which the threshold is set")
         if self.validation is None and any(SCORES[name].gradients for name in self.scores):
             raise ValueError("validation, which scores of gradients need")
         if self.soft and self.threshold.kind != "anchor_quantile":
             raise ValueError("soft with the threshold anchor_quantile alone")
-        if self.masks is not None and self.every:
-            raise ValueError("masks or every, not both")
         if self.epsilon is not None:
             self._check_private()
         return self

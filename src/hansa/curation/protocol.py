@@ -14,6 +14,7 @@ Samples, tokens and scores of samples stay where they are: a client's scores, an
 keeps, are part of its own state. Even the counts may be noised.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
@@ -28,6 +29,7 @@ from hansa.federation.aggregation import add_metrics
 from hansa.federation.message import Message, MessageError, State, Tensors
 from hansa.federation.methods.base import Method, Work, begin_work
 from hansa.federation.node import Child, Node, Reply, Setup
+from hansa.federation.wire import encode
 from hansa.seeding import generator
 
 SCORES_GROUP, KEEP_GROUP, COUNTS = "scores", "keep", "counts"
@@ -79,22 +81,23 @@ class Curate(Method):
         if "by" in state.scalars:
             keep = self._filtered(state, domains)
             kept = {SCORES_GROUP: state.groups[SCORES_GROUP], KEEP_GROUP: keep}
-            counted = self._counts(node, domains, [keep["keep"]])
+            counted = self._counts(node, state, domains, [keep["keep"]])
             return State(kept), Message({COUNTS: {node.path: counted}})
         found = self._scores(node.setup, state, node.client)
         usable = torch.stack([values.isfinite() for values in found.values()]).all(0)
-        counted = self._counts(node, domains, [torch.ones_like(usable), ~usable])
+        counted = self._counts(node, state, domains, [torch.ones_like(usable), ~usable])
         return State({SCORES_GROUP: found}), Message({COUNTS: {node.path: counted}})
 
     def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
         """Return the counts of all clients below, by their paths."""
         counts: dict[str, torch.Tensor] = {}
         metrics: dict[str, tuple[float, float]] = {}
+        shape = (self.num_domains + 1, 1 if "by" in state.scalars else 2)
         for reply in replies:
             for path, each in reply.message.group(COUNTS).items():
                 if path != reply.path and not path.startswith(f"{reply.path}/"):
                     raise MessageError(f"counts of {path} from {reply.path}")
-                if each.dtype is not torch.int64 or each.shape[:-1] != (self.num_domains + 1,):
+                if each.dtype is not torch.int64 or each.shape != shape:
                     raise MessageError(f"counts of {path} are {each.dtype} {tuple(each.shape)}")
                 counts[path] = each
             add_metrics(metrics, reply.message.metrics)
@@ -133,23 +136,31 @@ class Curate(Method):
         return {"keep": keep, "weights": weights}
 
     def _counts(
-        self, node: Node, domains: torch.Tensor, columns: list[torch.Tensor]
+        self, node: Node, state: State, domains: torch.Tensor, columns: list[torch.Tensor]
     ) -> torch.Tensor:
         """Return how many samples of each domain [domains + 1, columns] are in each column.
 
         One sample more or less changes the columns of one domain by one each at most, so noise of
         P(k) ~ exp(-|k| eps / columns) is eps-private (Ghosh et al., STOC 2009). Each of the two
-        replies spends half of epsilon.
+        replies spends half of epsilon. The noise is another for another question: were it the
+        same, the difference of two answers would be exact.
         """
         num = self.num_domains + 1
         counts = torch.stack([torch.bincount(domains[c], minlength=num) for c in columns], 1)
         if self.epsilon is None:
             return counts
-        rng = generator(node.setup.seed, node.path, node.round, "counts")
+        asked = {g: t for g, t in state.groups.items() if g not in (SCORES_GROUP, KEEP_GROUP)}
+        question = hashlib.sha256(encode(Message(asked, state.scalars))).hexdigest()
+        rng = generator(node.setup.seed, node.path, node.round, "counts", question)
         chance = -math.expm1(-self.epsilon / 2 / len(columns))
         shape = counts.shape
         drawn = [torch.empty(shape).geometric_(chance, generator=rng).long() for _ in "+-"]
         return counts + drawn[0] - drawn[1]
+
+
+def noise_below(epsilon: float) -> float:
+    """Return what the noise of a count of the first round stays below, but for 1 in 40,000."""
+    return 4 / epsilon * math.log(20_000)
 
 
 def domains_of(client: Client) -> torch.Tensor:

@@ -55,7 +55,7 @@ class Scorer:
         self._context = architecture.shape[0]
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
-        """Return ``__dj__stats__`` of each row of a batch: score -> value.
+        """Return ``__dj__stats__`` of each row of a batch: score -> value, beside what is there.
 
         Rows without an answer, and those too long for the model, have None.
 
@@ -69,7 +69,9 @@ class Scorer:
         columns = zip(batch[fields.question], batch[fields.answer], strict=True)
         rows = [Example(str(k), q or "", a or "") for k, (q, a) in enumerate(columns)]
         packed = pack_examples(rows, self._options, self._context, self._tokenizer)
-        stats = [dict.fromkeys(NAMES.get(n, n) for n in self._scores) for _ in rows]
+        before = batch.get(STATS) or [None] * len(rows)
+        mine = dict.fromkeys(NAMES.get(name, name) for name in self._scores)
+        stats: list[dict[str, Any]] = [{**(each or {}), **mine} for each in before]
         if packed.examples:
             task, blank = self._task, blank_prompt(self._options, self._tokenizer)
             pair = packed.inputs, packed.labels

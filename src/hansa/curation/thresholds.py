@@ -182,17 +182,14 @@ def set_threshold(
         InputError: fewer than five anchors, or one whose score is no number.
     """
     by = tuple(by)
+    if options.kind == "share" and len(by) == 1:  # which needs no anchors
+        return Threshold(by, options.share, {-1: EVERYTHING})
     num = len(domains)
     first = num if options.anchors is None else options.anchors
-    if options.kind != "share" or len(by) > 1:
-        if first > num:
-            raise InputError(
-                "curation.threshold.anchors", first, f"at most the {num} that are there"
-            )
-        if first < FEWEST * len(by[:2]):
-            raise InputError(
-                "curation.anchors", f"{first} anchors", f"{FEWEST * len(by[:2])} or more"
-            )
+    if first > num:
+        raise InputError("curation.threshold.anchors", first, f"at most the {num} that are there")
+    if first < FEWEST * len(by[:2]):
+        raise InputError("curation.anchors", f"{first} anchors", f"{FEWEST * len(by[:2])} or more")
     held = {name: scores[name][:first].double() for name in by}
     domains = domains[:first]
     for name, values in held.items():

@@ -75,10 +75,17 @@ class Client:
     @classmethod
     def pooled(cls, clients: Iterable["Client"]) -> "Client":
         """Return one client that holds the training data of all of them, and nothing else."""
-        parts = [client.batch("train") for client in clients]
+        held = list(clients)
+        parts = [client.batch("train") for client in held]
         inputs, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         splits: dict[Split, Index] = {split: np.zeros(0, np.int64) for split in SPLITS}
-        return cls(inputs, labels, {**splits, "train": np.arange(len(labels))})
+        weights = None
+        if any(client.weights is not None for client in held):
+            ones = (torch.ones(client.count("train")) for client in held)
+            weights = torch.cat(
+                [(*c.weighted("train"), one)[2] for c, one in zip(held, ones, strict=True)]
+            )
+        return cls(inputs, labels, {**splits, "train": np.arange(len(labels))}, weights)
 
     def save(self, path: Path) -> None:
         """Write what the client holds, and nothing else of its pool, into one file."""
