@@ -1,8 +1,9 @@
 """How much faster sparse training is than the best dense training in PyTorch, and what it costs.
 
 Layers: convolutions and a linear layer, forward and backward, at several sparsities, against
-PyTorch's best dense form (contiguous or channels-last) in float32, and in bfloat16; PyTorch's own
-sparse formats beside them, with the rearranging that a convolution needs (im2col) given for free.
+PyTorch's best dense form (contiguous or channels-last) in float32, and in bfloat16 where the
+processor has units for it (elsewhere it takes some twenty times as long); PyTorch's own sparse
+formats beside them, with the rearranging that a convolution needs (im2col) given for free.
 Step: one whole training step of ResNet-18 (BatchNorm, 32 pixels, batch 32: forward, loss, backward,
 SGD), with all layers on the kernels, and with the automatic choice. Run: one federated run of
 ``zerofl`` at 95 % against ``fedavg`` of the same model and schedule, end to end. With ``--data``
@@ -23,12 +24,12 @@ import argparse
 import copy
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from hansa.sparse.convert import sparsify
 from hansa.sparse.convolution import Convolution, Geometry
 from hansa.sparse.functions import Compiled
 from hansa.sparse.kernels import find
+from hansa.sparse.layers import Path
 from hansa.sparse.layout import logical
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
@@ -58,6 +60,7 @@ LAYERS = {
     "linear 1024->1024": Geometry(1024, 1, 1, 1024),
 }
 BATCH = 32
+QUICK = (0.5, 0.9, 0.95)
 Calls = Mapping[str, Callable[[], object]]
 
 
@@ -73,7 +76,13 @@ def medians(calls: Calls, turns: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in took.items()}
 
 
-def layers(turns: int) -> dict[str, Any]:
+def has_bfloat16() -> bool:
+    """Tell whether this processor multiplies in bfloat16, as far as PyTorch may use it."""
+    able = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return able and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def layers(turns: int, sparsities: tuple[float, ...]) -> dict[str, Any]:
     """Return layer -> sparsity -> dense over sparse, forward and backward together."""
     result: dict[str, Any] = {}
     for name, g in LAYERS.items():
@@ -84,7 +93,7 @@ def layers(turns: int) -> dict[str, Any]:
         weight = torch.randn(g.outputs, g.inputs, *g.kernel, generator=random)
         d = torch.randn(batch, g.outputs, *g.out, generator=random)
         result[name] = {}
-        for sparsity in SPARSITIES:
+        for sparsity in sparsities:
             calls = _dense(g, x, weight, d, linear) | _sparse(g, x, weight, d, sparsity, linear)
             took = medians(calls, turns)
             dense = min(took["dense"], took["dense, channels last"])
@@ -110,12 +119,11 @@ def _dense(
         x, weight, d = last = x.flatten(1), weight.flatten(1), d.flatten(1)
     else:
         last = _last(x), _last(weight), _last(d)
-    low = last[0].bfloat16(), last[1].bfloat16(), last[2].bfloat16()
-    return {
-        "dense": passes(x, weight, d),
-        "dense, channels last": passes(*last),
-        "dense, bfloat16": passes(*low),
-    }
+    calls = {"dense": passes(x, weight, d), "dense, channels last": passes(*last)}
+    if has_bfloat16():
+        low = last[0].bfloat16(), last[1].bfloat16(), last[2].bfloat16()
+        calls["dense, bfloat16"] = passes(*low)
+    return calls
 
 
 def _last(tensor: torch.Tensor) -> torch.Tensor:
@@ -213,12 +221,14 @@ def step(width: int, turns: int, sparsities: tuple[float, ...]) -> dict[str, Any
     calls = {
         "dense": train(copy.deepcopy(base)),
         "dense, channels last": train(_turned(base), turned),
-        "dense, bfloat16": train(_turned(base), turned, True),
     }
+    if has_bfloat16():
+        calls["dense, bfloat16"] = train(_turned(base), turned, True)
+    paths: tuple[Path, ...] = ("auto",) if sparsities == QUICK else ("kernels", "auto")
     for sparsity in sparsities:
-        for path in ("kernels", "auto"):
+        for path in paths:
             calls[f"{path} {sparsity:g}"] = train(sparsify(base, sparsity, path=path))
-        if sparsity >= 0.9:
+        if sparsity >= 0.9 and sparsities != QUICK:
             fixed = sparsify(base, sparsity, path="kernels", fixed=True)
             calls[f"fixed mask {sparsity:g}"] = train(fixed)
     took = medians(calls, turns)
@@ -262,7 +272,7 @@ def run(rounds: int) -> dict[str, Any]:
 
 def _energy() -> int | None:
     """Return microjoules that the processor has used so far, where the system counts them."""
-    counters = Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj")
+    counters = pathlib.Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj")
     try:
         return sum(int(path.read_text()) for path in counters) or None
     except OSError:
@@ -275,13 +285,13 @@ def measure(only: list[str], quick: bool, threads: int) -> dict[str, Any]:
     turns = 3 if quick else 9
     before, result = _energy(), dict[str, Any]()
     if "layers" in only:
-        result["layers"] = layers(turns)
+        result["layers"] = layers(turns, QUICK if quick else SPARSITIES)
     if "step" in only:
-        sparsities = (0.5, 0.9, 0.95) if quick else SPARSITIES
+        sparsities = QUICK if quick else SPARSITIES
         widths = (64,) if quick else (64, 32)
         result["step"] = {str(width): step(width, turns, sparsities) for width in widths}
     if "run" in only and threads == 1:
-        result["run"] = run(2 if quick else 5)
+        result["run"] = run(1 if quick else 5)
     after = _energy()
     if before is not None and after is not None:
         result["joules"] = (after - before) / 1e6
