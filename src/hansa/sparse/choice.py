@@ -7,7 +7,6 @@ faster channels-last. So a whole step is timed in each way, once on a machine, a
 
 import copy
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from torch import nn
 
 from hansa.sparse.fusion import is_more_than_its_steps
 from hansa.sparse.kernels import required
-from hansa.sparse.probe import remembered
+from hansa.sparse.probe import clock, remembered
 from hansa.sparse.thresholds import plain
 
 if TYPE_CHECKING:
@@ -87,10 +86,10 @@ def measure(
             for name, way in ways.items():
                 twin.take(way)
                 twin.zero_grad(set_to_none=True)
-                start = time.perf_counter()
+                start = clock()
                 twin(x).sum().backward()
                 if turn:  # the first one warms up
-                    took[name].append(time.perf_counter() - start)
+                    took[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in took.items()}
 
 
