@@ -84,8 +84,14 @@ def has_bfloat16() -> bool:
     return able and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def layers(turns: int, sparsities: tuple[float, ...]) -> dict[str, Any]:
-    """Return layer -> sparsity -> dense over sparse, forward and backward together."""
+def layers(turns: int, sparsities: tuple[float, ...], formats: bool) -> dict[str, Any]:
+    """Return layer -> sparsity -> dense over sparse, forward and backward together.
+
+    Args:
+        turns: how often each is timed.
+        sparsities: shares of weights and inputs.
+        formats: whether PyTorch's sparse formats are timed too.
+    """
     result: dict[str, Any] = {}
     for name, g in LAYERS.items():
         random = torch.Generator().manual_seed(0)
@@ -97,6 +103,8 @@ def layers(turns: int, sparsities: tuple[float, ...]) -> dict[str, Any]:
         result[name] = {}
         for sparsity in sparsities:
             calls = _dense(g, x, weight, d, linear) | _sparse(g, x, weight, d, sparsity, linear)
+            if formats:
+                calls |= _formats(g, x, weight, d, sparsity, linear)
             took = medians(calls, turns)
             dense = min(took["dense"], took["dense, channels last"])
             ratios = {key: dense / value for key, value in took.items() if key != "dense"}
@@ -157,11 +165,7 @@ def _sparse(
 
         return call
 
-    return {
-        "sparse": passes(False),
-        "sparse, fixed mask": passes(True),
-        **_formats(g, x, weight, d, sparsity, linear),
-    }
+    return {"sparse": passes(False), "sparse, fixed mask": passes(True)}
 
 
 def _formats(
@@ -290,7 +294,7 @@ def measure(only: list[str], quick: bool, threads: int) -> dict[str, Any]:
     turns = 3 if quick else 9
     before, result = _energy(), dict[str, Any]()
     if "layers" in only:
-        result["layers"] = layers(turns, QUICK if quick else SPARSITIES)
+        result["layers"] = layers(turns, QUICK if quick else SPARSITIES, not quick)
     if "step" in only:
         sparsities = QUICK if quick else SPARSITIES
         widths = (64,) if quick else (64, 32)
@@ -330,7 +334,9 @@ def show(threads: str, result: Mapping[str, Any]) -> None:
 def main() -> None:
     """Measure in one process per number of threads, and print tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer turns, sparsities and widths")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer turns, sparsities, widths and rivals"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--threads", default="1,2", help="numbers of threads, one after the other")
     parser.add_argument("--only", default="layers,step,run,accuracy", help="what to measure")
