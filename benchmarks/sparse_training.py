@@ -1,14 +1,16 @@
 """How much faster sparse training is than the best dense training in PyTorch, and what it costs.
 
 Layers: convolutions and a linear layer, forward and backward, at several sparsities, against
-PyTorch's best dense form (contiguous or channels-last) in float32, and in bfloat16; PyTorch's own
-sparse formats beside them, with the rearranging that a convolution needs (im2col) given for free.
+PyTorch's best dense form (contiguous or channels-last) in float32, and in bfloat16 where the
+processor has units for it (elsewhere it takes some twenty times as long); PyTorch's own sparse
+formats beside them, with the rearranging that a convolution needs (im2col) given for free.
 Step: one whole training step of ResNet-18 (BatchNorm, 32 pixels, batch 32: forward, loss, backward,
 SGD), with all layers on the kernels, and with the automatic choice. Run: one federated run of
 ``zerofl`` at 95 % against ``fedavg`` of the same model and schedule, end to end. With ``--data``
 also accuracy, by ``sparse_accuracy.py``.
 
-All that is compared takes turns within one process; a figure is a ratio of medians. Every number of
+All that is compared takes turns within one process; a figure is a ratio of medians, with one thread
+of the processor's time, so that others on the machine hardly count. Every number of
 threads has a process of its own, since PyTorch does not take a new number up reliably. Energy is
 read where the system has counters (powercap).
 
@@ -23,12 +25,12 @@ import argparse
 import copy
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +48,9 @@ from hansa.sparse.convert import sparsify
 from hansa.sparse.convolution import Convolution, Geometry
 from hansa.sparse.functions import Compiled
 from hansa.sparse.kernels import find
+from hansa.sparse.layers import Path
 from hansa.sparse.layout import logical
+from hansa.sparse.probe import clock
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 LAYERS = {
@@ -58,6 +62,7 @@ LAYERS = {
     "linear 1024->1024": Geometry(1024, 1, 1, 1024),
 }
 BATCH = 32
+QUICK = (0.5, 0.9, 0.95)
 Calls = Mapping[str, Callable[[], object]]
 
 
@@ -66,15 +71,27 @@ def medians(calls: Calls, turns: int) -> dict[str, float]:
     took: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn:
-                took[name].append(1e3 * (time.perf_counter() - start))
+                took[name].append(1e3 * (clock() - start))
     return {name: statistics.median(values) for name, values in took.items()}
 
 
-def layers(turns: int) -> dict[str, Any]:
-    """Return layer -> sparsity -> dense over sparse, forward and backward together."""
+def has_bfloat16() -> bool:
+    """Tell whether this processor multiplies in bfloat16, as far as PyTorch may use it."""
+    able = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return able and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def layers(turns: int, sparsities: tuple[float, ...], formats: bool) -> dict[str, Any]:
+    """Return layer -> sparsity -> dense over sparse, forward and backward together.
+
+    Args:
+        turns: how often each is timed.
+        sparsities: shares of weights and inputs.
+        formats: whether PyTorch's sparse formats are timed too.
+    """
     result: dict[str, Any] = {}
     for name, g in LAYERS.items():
         random = torch.Generator().manual_seed(0)
@@ -84,8 +101,10 @@ def layers(turns: int) -> dict[str, Any]:
         weight = torch.randn(g.outputs, g.inputs, *g.kernel, generator=random)
         d = torch.randn(batch, g.outputs, *g.out, generator=random)
         result[name] = {}
-        for sparsity in SPARSITIES:
+        for sparsity in sparsities:
             calls = _dense(g, x, weight, d, linear) | _sparse(g, x, weight, d, sparsity, linear)
+            if formats:
+                calls |= _formats(g, x, weight, d, sparsity, linear)
             took = medians(calls, turns)
             dense = min(took["dense"], took["dense, channels last"])
             ratios = {key: dense / value for key, value in took.items() if key != "dense"}
@@ -110,12 +129,11 @@ def _dense(
         x, weight, d = last = x.flatten(1), weight.flatten(1), d.flatten(1)
     else:
         last = _last(x), _last(weight), _last(d)
-    low = last[0].bfloat16(), last[1].bfloat16(), last[2].bfloat16()
-    return {
-        "dense": passes(x, weight, d),
-        "dense, channels last": passes(*last),
-        "dense, bfloat16": passes(*low),
-    }
+    calls = {"dense": passes(x, weight, d), "dense, channels last": passes(*last)}
+    if has_bfloat16():
+        low = last[0].bfloat16(), last[1].bfloat16(), last[2].bfloat16()
+        calls["dense, bfloat16"] = passes(*low)
+    return calls
 
 
 def _last(tensor: torch.Tensor) -> torch.Tensor:
@@ -147,11 +165,7 @@ def _sparse(
 
         return call
 
-    return {
-        "sparse": passes(False),
-        "sparse, fixed mask": passes(True),
-        **_formats(g, x, weight, d, sparsity, linear),
-    }
+    return {"sparse": passes(False), "sparse, fixed mask": passes(True)}
 
 
 def _formats(
@@ -213,12 +227,14 @@ def step(width: int, turns: int, sparsities: tuple[float, ...]) -> dict[str, Any
     calls = {
         "dense": train(copy.deepcopy(base)),
         "dense, channels last": train(_turned(base), turned),
-        "dense, bfloat16": train(_turned(base), turned, True),
     }
+    if has_bfloat16():
+        calls["dense, bfloat16"] = train(_turned(base), turned, True)
+    paths: tuple[Path, ...] = ("auto",) if sparsities == QUICK else ("kernels", "auto")
     for sparsity in sparsities:
-        for path in ("kernels", "auto"):
+        for path in paths:
             calls[f"{path} {sparsity:g}"] = train(sparsify(base, sparsity, path=path))
-        if sparsity >= 0.9:
+        if sparsity >= 0.9 and sparsities != QUICK:
             fixed = sparsify(base, sparsity, path="kernels", fixed=True)
             calls[f"fixed mask {sparsity:g}"] = train(fixed)
     took = medians(calls, turns)
@@ -234,7 +250,10 @@ def _turned(model: nn.Module) -> nn.Module:
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """Return seconds of a federated run of ZeroFL and of FedAvg, same model, data and schedule."""
+    """Return seconds of a federated run of ZeroFL and of FedAvg, same model, data and schedule.
+
+    All of it runs in this process, whose time on the processor is what counts.
+    """
     random = torch.Generator().manual_seed(0)
     clients = {
         f"client-{k}": Client.of(
@@ -252,17 +271,17 @@ def run(rounds: int) -> dict[str, Any]:
             model = ResNet18((3, 32, 32), 10)
             engine = EngineOptions(kind="sequential")
             federation = hansa.Federation(model, clients, method, training, engine=engine)
-            start = time.perf_counter()
+            start = time.process_time()
             federation.run(1, score_every=0)
             if turn:  # the first turn also times layers
-                took[name].append(time.perf_counter() - start)
+                took[name].append(time.process_time() - start)
     seconds = {name: statistics.median(values) for name, values in took.items()}
     return {**seconds, "speedup": seconds["fedavg"] / seconds["zerofl"]}
 
 
 def _energy() -> int | None:
     """Return microjoules that the processor has used so far, where the system counts them."""
-    counters = Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj")
+    counters = pathlib.Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj")
     try:
         return sum(int(path.read_text()) for path in counters) or None
     except OSError:
@@ -275,13 +294,13 @@ def measure(only: list[str], quick: bool, threads: int) -> dict[str, Any]:
     turns = 3 if quick else 9
     before, result = _energy(), dict[str, Any]()
     if "layers" in only:
-        result["layers"] = layers(turns)
+        result["layers"] = layers(turns, QUICK if quick else SPARSITIES, not quick)
     if "step" in only:
-        sparsities = (0.5, 0.9, 0.95) if quick else SPARSITIES
+        sparsities = QUICK if quick else SPARSITIES
         widths = (64,) if quick else (64, 32)
         result["step"] = {str(width): step(width, turns, sparsities) for width in widths}
     if "run" in only and threads == 1:
-        result["run"] = run(2 if quick else 5)
+        result["run"] = run(1 if quick else 5)
     after = _energy()
     if before is not None and after is not None:
         result["joules"] = (after - before) / 1e6
@@ -315,7 +334,9 @@ def show(threads: str, result: Mapping[str, Any]) -> None:
 def main() -> None:
     """Measure in one process per number of threads, and print tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer turns, sparsities and widths")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer turns, sparsities, widths and rivals"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--threads", default="1,2", help="numbers of threads, one after the other")
     parser.add_argument("--only", default="layers,step,run,accuracy", help="what to measure")

@@ -12,7 +12,7 @@ from torch import nn
 
 from hansa.errors import InputError
 from hansa.models.images import CNN, MLP, ResNet18
-from hansa.sparse import convert, kernels, probe
+from hansa.sparse import choice, convert, kernels, probe
 from hansa.sparse.convert import sparsify
 from hansa.sparse.convolution import Geometry
 from hansa.sparse.fusion import fused
@@ -162,6 +162,8 @@ def test_a_layer_is_timed_once_and_the_faster_way_is_taken(monkeypatch, tmp_path
         return probe.Timing(1.0, 2.0) if linear else probe.Timing(2.0, 1.0)
 
     monkeypatch.setattr(probe, "measure", measure)
+    ways = {"layers": 1.0, "contiguous": 2.0, "channels-last": 2.0}
+    monkeypatch.setattr(choice, "measure", lambda *_: ways)
     x = torch.randn(4, 1, 8, 8)
     for _ in range(2):
         sparse = sparsify(CNN((1, 8, 8), 3, (4, 8), 8), 0.9, batch_size=4).train()

@@ -10,12 +10,13 @@ from torch import fx, nn
 
 from hansa.errors import InputError
 from hansa.sparse import layers
+from hansa.sparse.choice import CLEAR, Way, fastest, first_inputs, turned
 from hansa.sparse.functions import geometry_of
 from hansa.sparse.fusion import fused
 from hansa.sparse.kernels import find, kernels
 from hansa.sparse.layers import DenseConv2d, Path, Rule, SparseConv2d, SparseLinear
 from hansa.sparse.norm import BatchNorm2d, GroupNorm
-from hansa.sparse.probe import timing
+from hansa.sparse.probe import Timing, timing
 from hansa.sparse.thresholds import plain
 
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
@@ -57,7 +58,8 @@ def sparsify(
         refresh: steps between new thresholds.
         fixed: weights that are not among the largest get no gradient. Faster, and no longer SWAT:
             what is out can only come back when others shrink below it.
-        path: ``kernels`` or ``reference``, or ``auto``, which times each layer once.
+        path: ``kernels`` or ``reference``, or ``auto``, which times each layer once, and where
+            that leaves it open, the whole step.
         batch_size: the batch that layers are timed with.
         fuse: whether the model's steps are traced once for each mode of its layers, for
             normalisation to take residual and ReLU along. Not for a model whose own code does
@@ -175,6 +177,8 @@ class SparseModel(nn.Module):
         alone = len(inputs) == 1 and not options and isinstance(inputs[0], torch.Tensor)
         if alone and self.training and not self._decided:
             self.decide(inputs[0])
+        if alone and self.training and self.rule.last:
+            inputs = (turned(inputs[0]),)
         return (self._runner() if alone else self.plain)(*inputs, **options)
 
     @property
@@ -199,8 +203,10 @@ class SparseModel(nn.Module):
             return f"reference path ({why})"
         if not self._decided:
             return f"undecided until its first batch of float32 (kernels: {found.isa})"
-        count = sum(self.rule.compiled.values())
-        return f"compiled kernels ({found.isa}) in {count} of {len(self.sparse_layers)} layers"
+        count, rest = sum(self.rule.compiled.values()), ", all channels-last" * self.rule.last
+        return (
+            f"compiled kernels ({found.isa}) in {count} of {len(self.sparse_layers)} layers{rest}"
+        )
 
     @torch.no_grad()
     def decide(self, inputs: torch.Tensor) -> None:
@@ -215,46 +221,42 @@ class SparseModel(nn.Module):
         if not (plain(inputs) and inputs.numel()):  # others may come
             return
         self._decided = True
-        shapes = self._shapes(inputs)
-        for name, x in shapes.items():
+        took: dict[str, Timing] = {}
+        for name, x in first_inputs(self, inputs).items():
             layer = self.sparse_layers[name]
             if not layer.fits(x):
                 continue
-            self.rule.compiled[name] = self.rule.path == "kernels" or self._is_faster(layer, x)
+            if self.rule.path == "kernels":
+                self.rule.compiled[name] = True
+            else:
+                took[name] = self._timing(layer, x)
+        if took:
+            self.take(self._fastest(inputs, took))
 
-    def _is_faster(self, layer: SparseConv2d | SparseLinear, x: torch.Tensor) -> bool:
+    def take(self, way: Way) -> None:
+        """Train in a way from now on."""
+        self._decided = True
+        self.rule.compiled, self.rule.last = dict(way.compiled), way.last
+
+    def _timing(self, layer: SparseConv2d | SparseLinear, x: torch.Tensor) -> Timing:
         rule = self.rule
         # Where weights are used as they are, what is to come is unknown; most of them will be zero.
         sparsity = 0.9 if rule.sparsity is None else rule.sparsity
         inputs = 0.9 if rule.inputs is None else rule.inputs
         geometry = geometry_of(x, layer.weight, layer.shape)
-        took = timing(geometry, self.batch_size, sparsity, inputs, layer.shape is None)
-        return took.compiled < took.reference
+        return timing(geometry, self.batch_size, sparsity, inputs, layer.shape is None)
 
-    def _shapes(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return each sparse layer's first input, for one sample."""
-        seen: dict[str, torch.Tensor] = {}
-
-        def look(name: str) -> Any:
-            def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-                seen.setdefault(name, arguments[0].detach())
-
-            return hook
-
-        layers = self.sparse_layers.items()
-        hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers]
-        modes = {module: module.training for module in (self, *self.plain.modules())}
-        self.eval()
-        try:
-            self.plain(torch.zeros_like(inputs[:1]))
-        except Exception:  # inputs of another kind: what cannot be looked at stays as it is
-            seen.clear()
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for hook in hooks:
-                hook.remove()
-        return seen
+    def _fastest(self, inputs: torch.Tensor, took: dict[str, Timing]) -> Way:
+        compiled = {name: each.compiled < each.reference for name, each in took.items()}
+        by_layer, off = Way(compiled), dict.fromkeys(compiled, False)
+        best = sum(min(each.compiled, each.reference) for each in took.values())
+        if best <= (1 - CLEAR) * sum(each.reference for each in took.values()):
+            return by_layer
+        ways = {"layers": by_layer} if any(compiled.values()) else {}
+        ways["contiguous"] = Way(off)
+        if inputs.dim() == 4:
+            ways["channels-last"] = Way(off, last=True)
+        return ways[fastest(self, inputs, ways)] if len(ways) > 1 else by_layer
 
     def _runner(self) -> nn.Module | Any:
         if not any(self.rule.compiled.values()):

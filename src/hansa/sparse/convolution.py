@@ -141,9 +141,10 @@ class Convolution:
         forward = (class_ * high + row // sh) * wide + column // sw
         backward = (top - row // sh) * back_wide + left - column // sw
         channel = torch.arange(g.inputs)[:, None]
+        samples, back = self._forward.samples, self._backward.samples
         return (
-            (channel * g.classes * high * wide + forward.flatten()).flatten().int(),
-            backward.flatten().repeat(g.inputs).int(),
+            (samples * (channel * g.classes * high * wide + forward.flatten())).flatten().int(),
+            (back * backward.flatten()).repeat(g.inputs).int(),
             (class_.flatten() * g.inputs + channel).flatten().int(),
         )
 
@@ -156,12 +157,13 @@ class Convolution:
         g = self.geometry
         self.version += 1
         forward, backward, target = self._tables
-        high, wide = self._backward.slab
+        (high, wide), samples = self._backward.slab, self._backward.samples
         self.kept = int(
             self._kernels.call(
                 "pattern",
                 *(weight, float(threshold), g.outputs, len(forward), forward, backward, target),
-                *(high * wide, g.classes * g.inputs, self._begin, self._offset, self._value),
+                *(high * wide * samples, g.classes * g.inputs),
+                *(self._begin, self._offset, self._value),
                 *(self._flat, self._begin_back, self._offset_back, self._value_back),
             )
         )

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hansa.sparse.convolution import Convolution, Geometry
-from hansa.sparse.layout import inner_base, logical, unaliased
-from hansa.sparse.thresholds import is_wrapped, pruned
+from hansa.sparse.layout import inner_base, is_last, logical, unaliased
+from hansa.sparse.thresholds import is_wrapped, plain, pruned
 
 Pair = tuple[int, int]
 
@@ -71,23 +71,67 @@ class Reference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of inputs, weight and bias."""
-        held, used = ctx.saved_tensors
         if torch.is_grad_enabled() and not is_wrapped(d):
             raise RuntimeError("a sparse layer cannot be differentiated twice")
-        types = held.dtype, used.dtype
-        held, used = held.to(d.dtype), used.to(d.dtype)  # which autocast may have lowered
-        s: Shape | None = ctx.shape
-        if s is None:
-            dx, dw = d @ used, d.flatten(0, -2).t() @ held.flatten(0, -2)
-        else:
-            dx, dw, _ = torch.ops.aten.convolution_backward(
-                *(d, held, used, None, s.stride, s.padding, s.dilation, False, (0, 0), s.groups),
-                (True, True, False),
-            )
-        if ctx.fixed:
-            dw = torch.where(used != 0, dw, 0.0)
-        db = _bias_gradient(d, s).to(types[1]) if ctx.biased else None
-        return dx.to(types[0]), dw.to(types[1]), db, None, None, None, None
+        return (*_gradients(ctx, d), None, None, None, None)
+
+
+class Masked(torch.autograd.Function):
+    """The same for tensors that stand for themselves: what needs no mask is not copied.
+
+    Where inputs lie channels-last, the weight is turned once, for the output and both gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        least_weight: torch.Tensor,
+        least_input: torch.Tensor,
+        shape: Shape | None,
+        fixed: bool,
+    ) -> torch.Tensor:
+        """Return the output."""
+        used = _kept(weight, least_weight)
+        if shape is not None and is_last(x):
+            used = used.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(x if fixed else _kept(x, least_input), used)
+        ctx.shape, ctx.fixed, ctx.biased = shape, fixed, bias is not None
+        if shape is None:
+            return F.linear(x, used, bias)
+        return F.conv2d(x, used, bias, *_arguments(shape))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of inputs, weight and bias."""
+        return (*_gradients(ctx, d), None, None, None, None)
+
+
+def _kept(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """Return what is kept of a tensor: itself where that is all of it."""
+    return x if plain(x) and not float(least) else pruned(x, least)
+
+
+def _gradients(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the gradients of inputs, weight and bias from what was kept of both."""
+    held, used = ctx.saved_tensors
+    types = held.dtype, used.dtype
+    held, used = held.to(d.dtype), used.to(d.dtype)  # which autocast may have lowered
+    s: Shape | None = ctx.shape
+    if s is None:
+        dx, dw = d @ used, d.flatten(0, -2).t() @ held.flatten(0, -2)
+    else:
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            *(d, held, used, None, s.stride, s.padding, s.dilation, False, (0, 0), s.groups),
+            (True, True, False),
+        )
+    if ctx.fixed:
+        dw = torch.where(used != 0, dw, 0.0)
+    db = _bias_gradient(d, s).to(types[1]) if ctx.biased else None
+    return dx.to(types[0]), dw.to(types[1]), db
 
 
 def reference(
@@ -100,9 +144,11 @@ def reference(
     fixed: bool = False,
 ) -> torch.Tensor:
     """Return the output of a sparse layer by the reference; see ``Reference``."""
-    output: torch.Tensor = Reference.apply(
-        x, weight, bias, least_weight, least_input, shape, fixed
-    )[0]
+    arguments = (x, weight, bias, least_weight, least_input, shape, fixed)
+    if any(isinstance(each, torch.Tensor) and is_wrapped(each) for each in arguments):
+        mapped: torch.Tensor = Reference.apply(*arguments)[0]
+        return mapped
+    output: torch.Tensor = Masked.apply(*arguments)
     return output
 
 

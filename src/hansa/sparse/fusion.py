@@ -28,7 +28,7 @@ def fused(model: nn.Module) -> fx.Graph | None:
         model: one whose normalisation layers are ``hansa.sparse.norm``'s.
     """
     kinds = dict(model.named_modules())
-    if any(map(_is_more_than_its_steps, kinds.values())):
+    if any(map(is_more_than_its_steps, kinds.values())):
         return None
     before = {name: dict(module.__dict__) for name, module in kinds.items()}
     try:
@@ -83,7 +83,7 @@ def _take_along(graph: fx.Graph, norm: fx.Node, kinds: dict[str, nn.Module]) -> 
     graph.erase_node(norm)
 
 
-def _is_more_than_its_steps(module: nn.Module) -> bool:
+def is_more_than_its_steps(module: nn.Module) -> bool:
     """Tell whether a module has hooks, or code that draws with Python: a trace would lose both."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return True

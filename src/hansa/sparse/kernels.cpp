@@ -19,7 +19,7 @@
 #include <memory>
 #include <new>
 #include <vector>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #if !defined(__clang__)  // GCC 12 finds its own intrinsics uninitialised (its bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -40,6 +40,7 @@
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 #define INLINE inline __attribute__((always_inline))
+#define OWN __attribute__((noinline))
 
 namespace {
 
@@ -143,7 +144,7 @@ void cover(long height, long length, std::vector<Tile> &out) {
     if (rest) column(length - V, 1, static_cast<int>(V - rest));
 }
 
-struct Pattern {  // rows of (offset in pixels of the slab, value)
+struct Pattern {  // rows of (offset in floats of the slab, value)
     const int32_t *begin, *offset;
     const float *value;
 };
@@ -152,7 +153,6 @@ struct Run {  // where a tile reads and writes
     const float *in;
     float *out;
     long in_row, out_row, out_channel, out_vector;  // floats between neighbours
-    long pixel;                                     // floats of a pixel in the slab
     const float *bias;
     bool stream;  // whether outputs pass by the caches, since they would not fit
 };
@@ -166,8 +166,13 @@ INLINE void put_out(float *p, vec v, bool stream) {
     store(p, v);
 }
 
+// The loops over kept entries are functions of their own, or too little of them stays in registers.
 template <int R, int P>
-void sweep(const Pattern &w, const Run &run, long first, long last) {
+OWN void sweep(const Pattern &w, const Run &run, long first, long last) {
+    const float *rows[R];
+    UNROLL for (int r = 0; r < R; r++) rows[r] = run.in + r * run.in_row;
+    const int32_t *const offset = w.offset;
+    const float *const value = w.value;
     // Few accumulators would wait for each other; several non-zeros at once keep them apart.
     constexpr int U = R * P >= 8 ? 1 : R * P >= 4 ? 2 : 4;
     for (long o = first; o < last; o++) {
@@ -180,18 +185,18 @@ void sweep(const Pattern &w, const Run &run, long first, long last) {
         const long end = w.begin[o + 1];
         for (; j + U <= end; j += U)
             UNROLL for (int u = 0; u < U; u++) {
-                const float *in = run.in + w.offset[j + u] * run.pixel;
-                const vec value = all(w.value[j + u]);
+                const long at = offset[j + u];
+                const vec x = all(value[j + u]);
                 UNROLL for (int r = 0; r < R; r++)
                     UNROLL for (int p = 0; p < P; p++)
-                        a[u][r][p] += value * load(in + r * run.in_row + p * V);
+                        a[u][r][p] += x * load(rows[r] + at + p * V);
             }
         for (; j < end; j++) {
-            const float *in = run.in + w.offset[j] * run.pixel;
-            const vec value = all(w.value[j]);
+            const long at = offset[j];
+            const vec x = all(value[j]);
             UNROLL for (int r = 0; r < R; r++)
                 UNROLL for (int p = 0; p < P; p++)
-                    a[0][r][p] += value * load(in + r * run.in_row + p * V);
+                    a[0][r][p] += x * load(rows[r] + at + p * V);
         }
         float *out = run.out + o * run.out_channel;
         UNROLL for (int r = 0; r < R; r++)
@@ -205,7 +210,10 @@ void sweep(const Pattern &w, const Run &run, long first, long last) {
 
 // Gradient of the stored entries: sums[j] += <out's gradient of row o, input at offset j>, V wide.
 template <int R, int P>
-void sample(const Pattern &w, const Run &run, long first, long last, int overlap, float *sums) {
+OWN void sample(const Pattern &w, const Run &run, long first, long last, int overlap,
+                float *sums) {
+    const float *rows[R];
+    UNROLL for (int r = 0; r < R; r++) rows[r] = run.in + r * run.in_row;
     for (long o = first; o < last; o++) {
         const float *gradient = run.out + o * run.out_channel;
         vec d[R][P];
@@ -216,11 +224,11 @@ void sample(const Pattern &w, const Run &run, long first, long last, int overlap
             UNROLL for (int r = 0; r < R; r++)
                 UNROLL for (int p = 0; p < P; p++) d[r][p] = without_first(d[r][p], overlap);
         for (long j = w.begin[o]; j < w.begin[o + 1]; j++) {
-            const float *in = run.in + w.offset[j] * run.pixel;
+            const long at = w.offset[j];
             vec s[4] = {load(sums + j * V), vec{}, vec{}, vec{}};
             UNROLL for (int r = 0; r < R; r++)
                 UNROLL for (int p = 0; p < P; p++)
-                    s[(r * P + p) & 3] += d[r][p] * load(in + r * run.in_row + p * V);
+                    s[(r * P + p) & 3] += d[r][p] * load(rows[r] + at + p * V);
             store(sums + j * V, (s[0] + s[1]) + (s[2] + s[3]));
         }
     }
@@ -329,6 +337,31 @@ struct Source {
 
 // ---- transposition ------------------------------------------------------------------------------
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// out[j][i] = in[i][j] for 8 x 8 floats.
+INLINE void transpose8(const float *in, long in_row, float *out, long out_row) {
+    __m256 a[8], b[8];
+    UNROLL for (int i = 0; i < 4; i++) {  // halves of rows i and i + 4 side by side
+        const float *one = in + i * in_row, *other = one + 4 * in_row;
+        a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(one)),
+                                    _mm_loadu_ps(other), 1);
+        a[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(one + 4)),
+                                        _mm_loadu_ps(other + 4), 1);
+    }
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4)
+        UNROLL for (int k = 0; k < 2; k++) {
+            const __m256 p = b[i + k], q = b[i + k + 2];
+            float *to = out + (i + 2 * k) * out_row;
+            _mm256_storeu_ps(to, _mm256_shuffle_ps(p, q, 0x44));
+            _mm256_storeu_ps(to + out_row, _mm256_shuffle_ps(p, q, 0xee));
+        }
+}
+#endif
+
 // out[j][i] = in[i][j] for 16 x 16 floats.
 INLINE void transpose16(const float *in, long in_row, float *out, long out_row) {
 #if defined(__AVX512F__)
@@ -354,6 +387,13 @@ INLINE void transpose16(const float *in, long in_row, float *out, long out_row) 
         _mm512_storeu_ps(out + (k + 8) * out_row, _mm512_shuffle_f32x4(p, r, 0xdd));
         _mm512_storeu_ps(out + (k + 12) * out_row, _mm512_shuffle_f32x4(q, s, 0xdd));
     }
+#elif defined(__AVX2__)
+    // Both halves of eight rows at once: rows may lie far apart, and their lines go soon.
+    for (int top = 0; top < 16; top += 8) {
+        const float *from = in + top * in_row;
+        UNROLL for (int left = 0; left < 16; left += 8)
+            transpose8(from + left, in_row, out + left * out_row + top, out_row);
+    }
 #else
     for (int j = 0; j < 16; j++)
         for (int i = 0; i < 16; i++) out[j * out_row + i] = in[i * in_row + j];
@@ -377,7 +417,7 @@ void transpose(const float *in, long rows, long columns, long in_row, float *out
 
 // Taps (i, k) of a grid A high and B wide: gradient[i][k][0..32) += value * d[index - i * row - k * column].
 template <int A, int B>
-void accumulate(const int32_t *index, const float *value, long count, const float *d, long row,
+OWN void accumulate(const int32_t *index, const float *value, long count, const float *d, long row,
                 long column, float *gradient, long high, long wide) {
     constexpr int U = A * B * NV >= 8 ? 1 : 8 / (A * B * NV);
     vec a[U][A][B][NV];
@@ -437,6 +477,34 @@ void grid(int rows, int columns, const List &list, const float *d, float *gradie
     if constexpr (A < TAPS_HIGH) return grid<A + 1, B>(rows, columns, list, d, gradient, steps);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each set of kept lanes, where they come from when they are pressed together.
+struct Presses {
+    alignas(64) uint8_t from[256][8];
+    constexpr Presses() : from() {
+        for (int set = 0; set < 256; set++)
+            for (int lane = 0, count = 0; lane < 8; lane++)
+                if (set >> lane & 1) from[set][count++] = static_cast<uint8_t>(lane);
+    }
+};
+constexpr Presses presses;
+
+struct Kept {  // of eight floats
+    int set;
+    INLINE Kept(__m256 v, float threshold) {
+        const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+        set = _mm256_movemask_ps(
+            _mm256_and_ps(_mm256_cmp_ps(magnitude, _mm256_set1_ps(threshold), _CMP_GE_OQ),
+                          _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_OQ)));
+    }
+    INLINE int count() const { return __builtin_popcount(static_cast<unsigned>(set)); }
+    INLINE __m256i from() const {
+        return _mm256_cvtepu8_epi32(
+            _mm_loadl_epi64(reinterpret_cast<const __m128i *>(presses.from[set])));
+    }
+};
+#endif
+
 // Append the kept of n floats: their values, and base + 32 * position.
 INLINE long compress(const float *x, long n, float threshold, int32_t base, int32_t *index,
                      float *value) {
@@ -457,6 +525,19 @@ INLINE long compress(const float *x, long n, float threshold, int32_t base, int3
         _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(keep, v));
         _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(keep, at));
         count += __builtin_popcount(keep);
+    }
+#elif defined(__AVX2__)
+    const __m256i lanes = _mm256_slli_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), 5);
+    for (; i + 8 <= n; i += 8) {  // without a branch, which would be guessed wrong
+        const __m256 v = _mm256_loadu_ps(x + i);
+        const Kept keep(v, threshold);
+        const __m256i from = keep.from();
+        const __m256i at = _mm256_add_epi32(
+            lanes, _mm256_set1_epi32(base + static_cast<int32_t>(i) * LANES));
+        _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps(v, from));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(index + count),
+                            _mm256_permutevar8x32_epi32(at, from));
+        count += keep.count();
     }
 #endif
     for (; i < n; i++) {
@@ -555,7 +636,7 @@ EXPORT(convolve)(const float *in, long C, long H, long W, long batch, long sh, l
                         for (long x = 0; x < length; x++) {
                             float total = bias ? bias[o] : 0;
                             for (long j = begin[o]; j < begin[o + 1]; j++)
-                                total += value[j] * slab[offset[j] * blocks.pixel + y * in_row + x];
+                                total += value[j] * slab[offset[j] + y * in_row + x];
                             to[(o * OH + y) * OW * batch + x] = total;
                         }
                 continue;
@@ -564,8 +645,7 @@ EXPORT(convolve)(const float *in, long C, long H, long W, long batch, long sh, l
             for (const Tile &tile : tiles) {
                 const Run run{slab + tile.y * in_row + tile.x,
                               to + tile.y * OW * batch + tile.x / V * blocks.vector + tile.x % V,
-                              in_row, OW * batch, OH * OW * batch, blocks.vector, blocks.pixel, bias,
-                              stream};
+                              in_row, OW * batch, OH * OW * batch, blocks.vector, bias, stream};
                 dispatch<1, 1>(tile, Sweep{w, run, first, last});
             }
         }
@@ -600,7 +680,7 @@ EXPORT(sample)(const float *in, long C, long H, long W, long batch, long sh, lon
                         for (long y = 0; y < b.rows; y++)
                             for (long x = 0; x < length; x++)
                                 sums[j * V] += from[(o * OH + y) * OW * batch + x] *
-                                               slab[offset[j] * blocks.pixel + y * in_row + x];
+                                               slab[offset[j] + y * in_row + x];
                 continue;
             }
             cover(b.rows, length, tiles);
@@ -608,8 +688,7 @@ EXPORT(sample)(const float *in, long C, long H, long W, long batch, long sh, lon
                 const Run run{slab + tile.y * in_row + tile.x,
                               const_cast<float *>(from) + tile.y * OW * batch +
                                   tile.x / V * blocks.vector + tile.x % V,
-                              in_row, OW * batch, OH * OW * batch, blocks.vector, blocks.pixel,
-                              nullptr, false};
+                              in_row, OW * batch, OH * OW * batch, blocks.vector, nullptr, false};
                 const int overlap = std::max(tile.overlap, b.overlap);
                 dispatch<1, 1>(tile, Sample{w, run, first, last, overlap, sums.data()});
             }

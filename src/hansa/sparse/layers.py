@@ -30,6 +30,7 @@ class Rule:
         fixed: whether only kept weights have a gradient.
         path: ``kernels`` or ``reference`` for every layer, or ``auto`` for the faster one.
         compiled: layer -> whether it runs on the compiled kernels; what is not here does not.
+        last: whether a model whose layers all stay off the kernels trains in channels-last.
     """
 
     sparsity: float | None
@@ -38,6 +39,7 @@ class Rule:
     fixed: bool = False
     path: Path = "auto"
     compiled: dict[str, bool] = field(default_factory=dict)
+    last: bool = False
 
 
 class _Sparse(nn.Module):

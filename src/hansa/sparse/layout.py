@@ -17,6 +17,12 @@ def is_inner(x: torch.Tensor) -> bool:
     return x.dtype is torch.float32 and x.device.type == "cpu" and base(x).is_contiguous()
 
 
+def is_last(x: torch.Tensor) -> bool:
+    """Tell whether maps lie channels-last, and not contiguous as well."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return last and not x.is_contiguous()
+
+
 def base(x: torch.Tensor) -> torch.Tensor:
     """Return a view [..., batch] of a tensor [batch, ...]."""
     return x.movedim(0, -1)

@@ -1,7 +1,7 @@
 """Which of two ways is faster for a layer: timed once on this machine, and remembered.
 
-What was measured lies in the user's cache, one small file for each layer's size, so that all
-processes and a resumed run decide alike.
+What was measured lies in the user's cache, one small file for each layer's size (and for each
+whole step, see ``choice``), so that all processes and a resumed run decide alike.
 """
 
 import contextlib
@@ -10,9 +10,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,10 +30,21 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a forward and backward pass, the medians of turns taken one after the other."""
+    """Seconds of a forward and backward pass, the medians of turns taken one after the other.
+
+    Of the processor's time where one thread works, see ``clock``.
+    """
 
     compiled: float
     reference: float
+
+
+def clock() -> float:
+    """Return the seconds by which ways are compared.
+
+    One thread counts what the processor spent on it, so that others on the machine do not.
+    """
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def timing(
@@ -47,26 +59,42 @@ def timing(
         inputs: share of inputs that the weight's gradient leaves out.
         linear: whether it is a linear layer.
     """
+    about = {"geometry": asdict(geometry), "case": [batch, sparsity, inputs, linear]}
+    fields = ("compiled", "reference")
+    took = remembered(
+        about, fields, lambda: asdict(measure(geometry, batch, sparsity, inputs, linear))
+    )
+    return Timing(**took)
+
+
+def remembered(
+    about: dict[str, Any], fields: Collection[str], measured_by: Callable[[], dict[str, float]]
+) -> dict[str, float]:
+    """Return seconds by name, measured now or once before on this machine.
+
+    Args:
+        about: what was measured, in JSON's types; the machine is added here.
+        fields: the names.
+        measured_by: measures them.
+    """
     found = required()
-    about = {
-        "geometry": asdict(geometry),
-        "case": [batch, sparsity, inputs, linear, torch.get_num_threads()],
-        "machine": [torch.__version__, processor(), found.isa],
+    about = about | {
+        "machine": [torch.__version__, processor(), found.isa, torch.get_num_threads()],
         "library": json.loads(found.path.with_suffix(".json").read_bytes())["library"],
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     try:
         path = cache_folder("kernels") / f"{key}.json"
     except (OSError, RuntimeError):  # without a place for it, it is measured again
-        return measure(geometry, batch, sparsity, inputs, linear)
-    if (known := _read(path)) is not None:
+        return measured_by()
+    if (known := _read(path, fields)) is not None:
         return known
-    measured = measure(geometry, batch, sparsity, inputs, linear)
+    measured = measured_by()
     # The first to have measured is believed by all, itself included, so that all decide alike.
     mine = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        mine.write_text(json.dumps(asdict(measured)))
-        if path.exists() and _read(path) is None:  # damaged
+        mine.write_text(json.dumps(measured))
+        if path.exists() and _read(path, fields) is None:  # damaged
             mine.replace(path)
         else:
             with contextlib.suppress(FileExistsError):
@@ -74,13 +102,14 @@ def timing(
             mine.unlink()
     except OSError:
         return measured
-    return _read(path) or measured
+    return _read(path, fields) or measured
 
 
-def _read(path: Path) -> Timing | None:
+def _read(path: Path, fields: Collection[str]) -> dict[str, float] | None:
     try:
-        return Timing(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        known: dict[str, float] = json.loads(path.read_bytes())
+        return {name: float(known[name]) for name in fields}
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -112,9 +141,9 @@ def measure(
         return reference(plain_x, weight, None, *least, shape)
 
     def seconds(call: Callable[[], torch.Tensor], gradient: torch.Tensor) -> float:
-        start = time.perf_counter()
+        start = clock()
         call().backward(gradient)
-        return time.perf_counter() - start
+        return clock() - start
 
     with torch.enable_grad():
         turns = [(seconds(compiled, d), seconds(plainly, plain_d)) for _ in range(REPEATS + 1)]

@@ -23,9 +23,9 @@ def threshold(x: torch.Tensor, sparsity: float) -> torch.Tensor:
     if k >= x.numel():
         return x.new_zeros(())
     if plain(x) and (found := kernels()):
-        flat = x if x.is_contiguous() else x.movedim(0, -1)
-        if flat.is_contiguous():
-            return x.new_tensor(found.call("kth", flat, x.numel(), k))
+        place = _innermost(x)
+        if place is not None:
+            return x.new_tensor(found.call("kth", x.movedim(place, -1), x.numel(), k))
     return x.abs().flatten().kthvalue(x.numel() - k + 1).values
 
 
@@ -36,11 +36,21 @@ def keep(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
 
 def pruned(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     """Return a tensor with zeros where an entry is not kept."""
-    if plain(x) and x.is_contiguous() and (found := kernels()):
-        out = torch.empty_like(x)
-        found.call("prune", x, least.item(), out, x.numel(), torch.get_num_threads())
-        return out
+    if plain(x) and (found := kernels()) and (place := _innermost(x)) is not None:
+        flat = x.movedim(place, -1)
+        out = torch.empty_like(flat)
+        found.call("prune", flat, least.item(), out, x.numel(), torch.get_num_threads())
+        return out.movedim(-1, place)
     return torch.where(keep(x, least), x, 0.0)
+
+
+def _innermost(x: torch.Tensor) -> int | None:
+    """Return the dimension that would have to be last for a tensor to be contiguous, if any."""
+    # As it is; batch innermost; channels-last.
+    for place in (-1, 0, 1)[: max(1, x.dim())]:
+        if x.movedim(place, -1).is_contiguous():
+            return place
+    return None
 
 
 def is_wrapped(x: torch.Tensor) -> bool:

@@ -1,0 +1,129 @@
+"""Which way a whole model trains: its layers' choices, or all of it dense but masked.
+
+What is faster for each layer alone need not be for the network: layers off the kernels between
+layers on them make maps turn to and fro, and a model that is off the kernels altogether is often
+faster channels-last. So a whole step is timed in each way, once on a machine, and remembered.
+"""
+
+import copy
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hansa.sparse.fusion import is_more_than_its_steps
+from hansa.sparse.kernels import required
+from hansa.sparse.probe import clock, remembered
+from hansa.sparse.thresholds import plain
+
+if TYPE_CHECKING:
+    from hansa.sparse.convert import SparseModel
+
+CLEAR = 0.5
+"""Share of its layers' time by the reference that a model saves at least, to need no timing."""
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train a model.
+
+    Attributes:
+        compiled: layer -> whether it runs on the kernels.
+        last: whether maps lie channels-last where no layer does.
+    """
+
+    compiled: Mapping[str, bool] = field(default_factory=dict)
+    last: bool = False
+
+
+def fastest(model: "SparseModel", inputs: torch.Tensor, ways: Mapping[str, Way]) -> str:
+    """Return the name of the way whose whole steps are fastest, measured or remembered.
+
+    The first one is returned for a model that cannot be timed on numbers made up for it: one with
+    hooks, one whose code draws or whose ``fuse`` is off, one that returns no tensor.
+
+    Args:
+        model: the model, whose layers and random numbers are left as they are.
+        inputs: any batch; only its shape counts.
+        ways: what is compared, by name.
+    """
+    first = next(iter(ways))
+    parts = dict(model.plain.named_modules())
+    if not model.fuse or any(map(is_more_than_its_steps, parts.values())):
+        return first
+    rule, shape = model.rule, (model.batch_size, *inputs.shape[1:])
+    about = {
+        "model": [_described(name, part) for name, part in parts.items()],
+        "case": [shape, rule.sparsity, rule.inputs, rule.refresh, rule.fixed],
+        "ways": [[name, sorted(way.compiled.items()), way.last] for name, way in ways.items()],
+    }
+    try:
+        took = remembered(about, ways, lambda: measure(model, shape, ways))
+    except Exception:  # inputs of another kind than numbers: what is known of the layers decides
+        return first
+    return min(ways, key=lambda name: took[name])
+
+
+def _described(name: str, part: nn.Module) -> list[Any]:
+    own = [list(each.shape) for each in part.parameters(recurse=False)]
+    return [name, type(part).__qualname__, part.extra_repr(), own]
+
+
+def measure(
+    model: "SparseModel", shape: tuple[int, ...], ways: Mapping[str, Way]
+) -> dict[str, float]:
+    """Return the median seconds of a forward and backward pass in each way, taking turns."""
+    required()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    twin = copy.deepcopy(model).train()
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        for turn in range(REPEATS + 1):
+            for name, way in ways.items():
+                twin.take(way)
+                twin.zero_grad(set_to_none=True)
+                start = clock()
+                twin(x).sum().backward()
+                if turn:  # the first one warms up
+                    took[name].append(clock() - start)
+    return {name: statistics.median(values) for name, values in took.items()}
+
+
+def first_inputs(model: "SparseModel", inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return each sparse layer's first input, for one sample.
+
+    Empty where the model cannot be looked at.
+    """
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(name: str) -> Any:
+        def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            seen.setdefault(name, arguments[0].detach())
+
+        return hook
+
+    layers = model.sparse_layers.items()
+    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers]
+    modes = {module: module.training for module in (model, *model.plain.modules())}
+    model.eval()
+    try:
+        model.plain(torch.zeros_like(inputs[:1]))
+    except Exception:  # inputs of another kind: what cannot be looked at stays as it is
+        seen.clear()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """Return maps channels-last; anything else as it is."""
+    if x.dim() != 4 or not plain(x):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)

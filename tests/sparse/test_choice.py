@@ -1,0 +1,178 @@
+"""Which way a whole model trains: with injected seconds, never with a clock that decides."""
+
+import copy
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hansa.models.images import CNN, MLP
+from hansa.sparse import choice, kernels, probe
+from hansa.sparse.choice import Way
+from hansa.sparse.convert import SparseModel, sparsify
+from hansa.sparse.functions import reference
+from hansa.sparse.layout import is_last
+from hansa.sparse.probe import Timing
+from hansa.sparse.thresholds import keep, pruned
+
+needs_kernels = pytest.mark.skipif(kernels.kernels() is None, reason=kernels.find()[1])
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture
+def pretend(monkeypatch, tmp_path) -> Callable[[Timing, Mapping[str, float]], list[list[str]]]:
+    """Set the seconds of every layer and of every way; what is timed is told."""
+
+    def set_seconds(layer: Timing, ways: Mapping[str, float]) -> list[list[str]]:
+        asked: list[list[str]] = []
+
+        def measure(_model, shape, found):
+            assert shape == (4, *SHAPE)
+            asked.append(list(found))
+            return {name: ways[name] for name in found}
+
+        monkeypatch.setenv("HANSA_CACHE", str(tmp_path))
+        monkeypatch.setattr(probe, "measure", lambda *_, **__: layer)
+        monkeypatch.setattr(choice, "measure", measure)
+        return asked
+
+    return set_seconds
+
+
+def model(**options) -> SparseModel:
+    torch.manual_seed(0)
+    return sparsify(CNN(SHAPE, 3, (4, 8), 8), 0.5, batch_size=4, **options).train()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("fastest", "count", "last"),
+    [("layers", 2, False), ("contiguous", 0, False), ("channels-last", 0, True)],
+)
+def test_the_fastest_whole_step_decides_where_layers_leave_it_open(
+    pretend, fastest, count, last
+) -> None:
+    seconds = {"layers": 2.0, "contiguous": 2.0, "channels-last": 2.0, fastest: 1.0}
+    asked = pretend(Timing(0.9, 1.0), seconds)
+    for _ in range(2):
+        sparse = model()
+        sparse(torch.randn(2, *SHAPE))
+        assert sparse.rule.compiled == dict.fromkeys(("conv2", "hidden"), bool(count))
+        assert sparse.rule.last is last
+        assert f"in {count} of 2 layers" in sparse.how
+        assert ("channels-last" in sparse.how) is last
+    assert asked == [["layers", "contiguous", "channels-last"]]  # once: then it is remembered
+
+
+@needs_kernels
+def test_a_model_off_the_kernels_may_go_channels_last(pretend) -> None:
+    asked = pretend(Timing(2.0, 1.0), {"contiguous": 2.0, "channels-last": 1.0})
+    sparse = model()
+    sparse(torch.randn(2, *SHAPE))
+    assert asked == [["contiguous", "channels-last"]]
+    assert sparse.rule.last
+    flat = sparsify(MLP((6,), 3, (16, 16)), 0.5).train()  # no maps: nothing to choose
+    flat(torch.randn(2, 6))
+    assert not flat.rule.last
+    assert len(asked) == 1
+
+
+@needs_kernels
+def test_what_is_clear_or_cannot_be_timed_is_not(pretend) -> None:
+    asked = pretend(Timing(1.0, 2.0), {})
+    clear = model()
+    clear(torch.randn(2, *SHAPE))
+    assert set(clear.rule.compiled.values()) == {True}
+    pretend(Timing(0.9, 1.0), {})
+    plain = CNN(SHAPE, 3, (4, 8), 8)
+    hooked = copy.deepcopy(plain)
+    hooked.conv1.register_forward_hook(lambda *_: None)
+    for sparse in (sparsify(hooked, 0.5), sparsify(plain, 0.5, fuse=False)):
+        sparse.train()(torch.randn(2, *SHAPE))
+        assert set(sparse.rule.compiled.values()) == {True}
+    assert asked == []
+
+
+@needs_kernels
+def test_a_model_that_fails_on_made_up_numbers_keeps_its_layers_choice(
+    pretend, monkeypatch
+) -> None:
+    pretend(Timing(0.9, 1.0), {})
+
+    def fails(*_):
+        raise ValueError("labels are to be whole numbers")
+
+    monkeypatch.setattr(choice, "measure", fails)
+    sparse = model()
+    sparse(torch.randn(2, *SHAPE))
+    assert set(sparse.rule.compiled.values()) == {True}
+
+
+@needs_kernels
+def test_timing_a_step_leaves_the_model_and_random_numbers_alone() -> None:
+    sparse = sparsify(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Dropout(0.5),
+            nn.Flatten(), nn.Linear(64, 3),
+        ),
+        0.5,
+    ).train()  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in sparse.state_dict().items()}
+    buffers = {name: tensor.clone() for name, tensor in sparse.named_buffers()}
+    state = torch.get_rng_state()
+    ways = {"on": Way({"2": True}), "off": Way({"2": False}, last=True)}
+    with torch.no_grad():  # as `decide` is called
+        took = choice.measure(sparse, (4, *SHAPE), ways)
+    assert set(took) == {"on", "off"}
+    assert min(took.values()) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], value) for name, value in sparse.state_dict().items())
+    assert all(torch.equal(buffers[name], value) for name, value in sparse.named_buffers())
+    assert all(parameter.grad is None for parameter in sparse.parameters())
+    assert sparse.rule.compiled == {}
+
+
+def test_channels_last_is_the_same_step() -> None:
+    x, labels = torch.randn(6, *SHAPE), torch.tensor([0, 1, 2, 0, 1, 2])
+    found = []
+    for last in (False, True):
+        sparse = model(path="reference")
+        sparse.take(Way(last=last))
+        seen: list[bool] = []
+        sparse.conv2.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(
+            is_last(inputs[0])
+        ))  # fmt: skip
+        F.cross_entropy(sparse(x), labels).backward()
+        assert seen == [last]
+        layers = sparse.sparse_layers.values()
+        found.append(
+            [*(p.grad for p in sparse.parameters()), *(layer.least_weight for layer in layers)]
+        )
+        assert all(p.grad.stride() == p.stride() for p in sparse.parameters())
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 2, 3, 0), (3, 1, 0, 2)])
+@pytest.mark.parametrize("least", [0.0, 0.7])
+def test_pruning_keeps_the_layout(order, least) -> None:
+    back = tuple(order.index(axis) for axis in range(4))
+    x = torch.randn(3, 4, 5, 6).permute(order).contiguous().permute(back)
+    x[0, 0, 0, :2] = torch.tensor([0.0, -0.0])
+    kept = pruned(x, torch.tensor(least))
+    assert torch.equal(kept, torch.where(keep(x, torch.tensor(least)), x, 0.0))
+    assert kept.stride() == x.stride()
+    for small in (torch.tensor(0.5), torch.tensor([0.5, 2.0])):
+        assert torch.equal(pruned(small, torch.tensor(1.0)), small * (small >= 1))
+
+
+def test_what_needs_no_mask_is_not_copied() -> None:
+    x, weight = torch.randn(4, 6), torch.randn(3, 6, requires_grad=True)
+    nothing, some = torch.tensor(0.0), torch.tensor(1.0)
+    for least_weight, least_input in ((nothing, nothing), (some, nothing), (nothing, some)):
+        y = reference(x, weight, None, least_weight, least_input)
+        held, used = y.grad_fn.saved_tensors
+        assert (held.data_ptr() == x.data_ptr()) is (least_input is nothing)
+        assert (used.data_ptr() == weight.data_ptr()) is (least_weight is nothing)
