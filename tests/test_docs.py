@@ -11,7 +11,7 @@ from hansa.federation.methods import METHODS
 from hansa.federation.methods.official import QUIRKS
 from hansa.pruning import SCORERS
 from hansa.pruning.options import PruningOptions
-from support import alone
+from support import in_turn
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,7 +80,7 @@ def test_a_flower_app_of_ones_own_runs(tmp_path, monkeypatch, capsys) -> None:
     names: dict[str, object] = {}
     exec(code, names)  # noqa: S102
     options = {"init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False}}
-    with alone():
+    with in_turn(1):
         run_simulation(names["server"], names["client"], 3, backend_config=options)
     accuracy = float(capsys.readouterr().out.split()[-1])
     assert 0.3 < accuracy <= 1

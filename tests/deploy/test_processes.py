@@ -40,7 +40,7 @@ from hansa.federation.tree import Tree
 from hansa.files import write_atomic
 from hansa.runs import Run
 from hansa.training import train
-from support import alone, same
+from support import in_turn, same
 
 BIN = Path(sys.executable).parent
 PATIENCE = 240.0
@@ -48,7 +48,7 @@ PATIENCE = 240.0
 
 def ports(num: int) -> int:
     """The first of some free ports in a row."""
-    start = 20000 + os.getpid() % 20000
+    start = 20000 + 50 * (os.getpid() % 400)  # far from what another of pytest's workers takes
     while True:
         try:
             for port in (start + base + k for base in (0, 1000, 2000) for k in range(num)):
@@ -137,7 +137,7 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         hansa("up", places[-1])
         return places[-1]
 
-    with alone():
+    with in_turn(0, 1):
         try:
             yield start
         finally:

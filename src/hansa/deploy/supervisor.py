@@ -40,7 +40,6 @@ _KNOWN = "already in use"
 _SUBMITTED = "submitted"
 """Where the number of the last run stands that was started, in ``status/``."""
 _DATABASE = "superlink.db"
-_POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # seconds until a message's process is started
 
 
 class Supervisor:
@@ -237,7 +236,7 @@ class Supervisor:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         home = self.folder / "flower"
         own = {VARIABLE: str(self.folder), "FLWR_HOME": str(home), "PATH": path}
-        return {**os.environ, **QUIET, **own, "OMP_NUM_THREADS": "1", _POLL: "0.5"}
+        return {**os.environ, **QUIET, **own, "OMP_NUM_THREADS": "1"}
 
     def _await_health(self) -> None:
         """Wait until the SuperLink answers.

@@ -20,7 +20,7 @@ from flwr.supernode.runtime.run_clientapp import run_clientapp
 
 from hansa.federation.engines.flower import apps as apps  # imported for the forks
 
-_PAUSE = 0.2  # seconds between looks for a task
+_PAUSE = 0.4  # seconds between looks for a task
 
 
 def run_tasks(address: str) -> None:
