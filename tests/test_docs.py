@@ -59,15 +59,16 @@ def test_the_documented_configuration_is_valid() -> None:
     assert config.name == "ward-study"
 
 
-def test_the_documented_deployment_and_the_example_can_be_written(tmp_path) -> None:
+def test_the_documented_deployments_and_the_example_can_be_written(tmp_path) -> None:
     from hansa.deploy.layout import init
     from hansa.deploy.options import read_deployment
 
-    (block,) = blocks(ROOT / "docs" / "deployment.md", "toml")
-    path = tmp_path / "documented.toml"
-    path.write_text(block)
-    for number, each in enumerate([path, ROOT / "examples" / "deployment" / "federation.toml"]):
-        assert len(init(read_deployment(each), tmp_path / str(number))) == 7
+    images, texts = blocks(ROOT / "docs" / "deployment.md", "toml")
+    example = (ROOT / "examples" / "deployment" / "federation.toml").read_text()
+    for number, (description, num) in enumerate([(images, 7), (example, 7), (texts, 4)]):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(description)
+        assert len(init(read_deployment(path), tmp_path / str(number))) == num
 
 
 @pytest.mark.filterwarnings("ignore")  # what Flower and Ray warn of is theirs

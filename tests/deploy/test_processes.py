@@ -4,35 +4,43 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import tomli_w
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
+from deployments import (
+    BIN,
+    PATIENCE,
+    at_work,
+    check_states,
+    command,
+    finished,
+    hansa,
+    kill,
+    named,
+    ports,
+    until,
+)
 from halfway import Halfway
 from hansa.bundle import read_bundle
-from hansa.cli import app
 from hansa.data.federate import DataOptions, federate
 from hansa.deploy.certificates import write_node_key
 from hansa.deploy.flwr_commands import answers
 from hansa.deploy.party import told
-from hansa.deploy.trial import down, parties, processes
+from hansa.deploy.trial import processes
 from hansa.export import export
 from hansa.federation.engines.flower.exchange import Answer, Request, from_bytes, to_bytes
 from hansa.federation.engines.plan import EngineOptions
 from hansa.federation.federation import Federation
-from hansa.federation.message import State
 from hansa.federation.methods import FedAvg
 from hansa.federation.optimizer import Training
 from hansa.federation.store import DiskStore
@@ -40,115 +48,7 @@ from hansa.federation.tree import Tree
 from hansa.files import write_atomic
 from hansa.runs import Run
 from hansa.training import train
-from support import in_turn, same
-
-BIN = Path(sys.executable).parent
-PATIENCE = 240.0
-
-
-def ports(num: int) -> int:
-    """The first of some free ports in a row."""
-    start = 20000 + 50 * (os.getpid() % 400)  # far from what another of pytest's workers takes
-    while True:
-        try:
-            for port in (start + base + k for base in (0, 1000, 2000) for k in range(num)):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-            return start
-        except OSError:
-            start += 50
-
-
-def hansa(*arguments: str | Path) -> None:
-    done = subprocess.run(
-        [BIN / "hansa", "deploy", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def command(*arguments: str | Path) -> None:
-    """Run a command in this process, which has imported everything."""
-    done = CliRunner().invoke(app, ["deploy", *map(str, arguments)])
-    assert done.exit_code == 0, done.output
-
-
-def init(folder: Path, description: dict[str, Any]) -> Path:
-    path = folder / "description.toml"
-    path.write_text(tomli_w.dumps(description))
-    place = folder / "parties"
-    command("init", path, place)
-    return place
-
-
-def until(what: Callable[[], bool], about: str, place: Path, patience: float = PATIENCE) -> None:
-    end = time.monotonic() + patience
-    while not what():
-        if time.monotonic() > end:
-            states = {
-                str(path.relative_to(place)): path.read_text()
-                for path in sorted(place.glob("*/status/*.json"))
-            }
-            raise AssertionError(f"not {about}: {json.dumps(states, indent=1)}")
-        time.sleep(0.2)
-
-
-def finished(party: Path) -> Callable[[], bool]:
-    def is_over() -> bool:
-        state = told(party, "run").get("state")
-        assert state != "failed", told(party, "run")
-        return state == "finished"
-
-    return is_over
-
-
-def at_work(party: Path, number: int) -> Callable[[], bool]:
-    """Whether a federation's run has begun a round."""
-    text = f"round {number}"
-    return lambda: text in told(party, "run").get("what", "")
-
-
-def kill(pids: list[int]) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def named(pids: list[int], text: str) -> list[int]:
-    found = []
-    for pid in pids:
-        try:
-            if text.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-        except OSError:
-            continue
-    return found
-
-
-@pytest.fixture
-def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Path]]:
-    """Start deployments, and end every process of theirs."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
-    places: list[Path] = []
-
-    def start(description: dict[str, Any]) -> Path:
-        places.append(init(tmp_path, description))
-        hansa("up", places[-1])
-        return places[-1]
-
-    with in_turn(0, 1):
-        try:
-            yield start
-        finally:
-            for place in places:
-                down(place)
-                for party in parties(place):
-                    for log in (party / "logs").glob("*.log"):
-                        print(f"==> {log}", log.read_text(errors="replace")[-1500:], sep="\n")
-                left = [pid for party in parties(place) for pid in processes(party)]
-                kill(left)
-                assert not left
+from support import same
 
 
 def gray(folder: Path, value: int) -> None:
@@ -310,7 +210,7 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     engine = {"kind": "sequential", "workers": 1}
     local = train({**config, "output": str(tmp_path / "local"), "engine": engine})
     run = Run(root / "runs" / "t-seed0")
-    _check_states(place, run, local, ["root/client-0", "root/client-1", "root/client-2"])
+    check_states(place, run, local, ["root/client-0", "root/client-1", "root/client-2"])
     # A second run of the same members, while what the first one made is looked at.
     other = {**config, "name": "z", "method": {"name": "zerofl", "sparse": ["*"]}}
     listed = _second_run(root, other)
@@ -321,7 +221,7 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     assert same(own.masks, theirs.masks)
     until(lambda: "z-seed0" in told(root, "run").get("what", ""), "finished again", place)
     local = train({**other, "output": str(tmp_path / "local"), "engine": engine})
-    _check_states(place, Run(root / "runs" / "z-seed0"), local, [])
+    check_states(place, Run(root / "runs" / "z-seed0"), local, [])
 
     # One more round, with a deadline that a slow client misses.
     _stop(root)
@@ -355,87 +255,6 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     for what in ("client-0: late", "client-1: failed", "client-2: late"):
         assert what in log
     assert "started again" in (place / "client-2" / "logs" / "party.log").read_text()
-
-
-def test_a_deployed_language_model_has_the_local_engines_bits(running, tmp_path) -> None:
-    """WorldLM with text at the root and at an inner node, rules, and residuals between branches."""
-    nodes: dict[str, dict[str, Any]] = {
-        "root": {},
-        "north": {},
-        "a": {"parent": "north"},
-        "b": {"steps": 3},
-    }
-    for name, options in nodes.items():
-        words = " ".join(f"{name} says {name}{k % 7} {k % 5}" for k in range(60))
-        (tmp_path / f"{name}.txt").write_text(words)
-        options["text"] = f"file:{tmp_path / name}.txt"
-    small = {"hidden_size": 8, "intermediate_size": 8}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 2}
-    config: dict[str, Any] = {
-        "name": "lm",
-        "rounds": 3,
-        "score_every": 0,
-        "text": {"context": 8},
-        "nodes": nodes,
-        "model": {"options": {**small, **heads}},
-        "training": {"optimizer": "adamw", "lr": 0.01, "batch_size": 2, "steps": 2},
-        "method": {"name": "worldlm", "threshold": 0.9999, "temperature": 1.0},
-    }
-    place = running({**config, "deploy": {"port": ports(6), "deadline": PATIENCE}})
-    engine = {"kind": "sequential", "workers": 1}
-    local = train({**config, "output": str(tmp_path / "local"), "engine": engine})
-    root, north = place / "root", place / "north"
-    until(lambda: finished(root)() and finished(north)(), "finished", place)
-    run, below = Run(root / "runs" / "lm-seed0"), Run(north / "runs" / "lm-seed0")
-    _check_states(place, run, local, ["root/north", "root/north/a", "root/b", "root/north@root/a"])
-    came = [row for row in below.history.table("figures").to_pylist() if "came" in row["name"]]
-    assert any(row["value"] for row in came)
-    # Both federations' tables tell of their own training and scores, as the local engine's do.
-    unknown = {"simulated_seconds", "down", "up", "csr"}  # of itself, or by rules of others
-    for each, mine in ((run, {"root", "root/b"}), (below, {"root/north", "root/north/a"})):
-        for table, number in (("ledger", 1), ("scores", 3)):
-            theirs, ours = (
-                [
-                    {key: value for key, value in row.items() if key not in unknown}
-                    for row in history.table(table).to_pylist()
-                    if row["node"] in mine and row["round"] >= number
-                ]
-                for history in (local.history, each.history)
-            )
-            assert ours == theirs
-            assert ours
-
-
-def _check_states(place: Path, run: Run, local: Run, below: Sequence[str]) -> None:
-    """States after three rounds are those of the local engine, bit for bit.
-
-    Args:
-        place: of the parties.
-        run: the root's run.
-        local: the local engine's.
-        below: nodes that must keep states of their own.
-    """
-    stores = {"root": DiskStore(run.path / "states", 3)}
-    expected = DiskStore(local.path / "states", 3)
-    number = str(run.checkpoint["run"])
-
-    def found(node: str, key: str) -> State:
-        name = node.rpartition("/")[2]
-        if name not in stores:
-            stores[name] = DiskStore(place / name / "state" / number / "states", 3)
-        return stores[name].get(key)
-
-    nodes = ["root", *sorted({row["node"] for row in local.history.table("ledger").to_pylist()})]
-    for node in dict.fromkeys(nodes):
-        keys = [(node, node)]
-        if node != "root":
-            above = node.rpartition("/")[0]
-            keys.append((above, f"{above}@{node}"))
-        for holder, key in keys:
-            mine, theirs = found(holder, key), expected.get(key)
-            assert mine.groups.keys() == theirs.groups.keys(), key
-            assert all(same(mine.group(group), theirs.group(group)) for group in theirs.groups), key
-            assert mine.groups or key not in below, key
 
 
 def _second_run(root: Path, config: dict[str, Any]) -> dict[str, Any]:
