@@ -2,10 +2,11 @@
 
 import fcntl
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
@@ -183,8 +184,29 @@ def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Hold what starts many processes to one test at a time, over all of pytest's workers."""
-    with (Path(tempfile.gettempdir()) / "hansa-tests.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def in_turn(*places: int) -> Iterator[None]:
+    """Hold what starts many processes to two tests at a time, over all of pytest's workers.
+
+    They wait for one another's messages more than they compute.
+
+    Args:
+        *places: 0, 1 or both: which of the two may be taken. Ray has one, or its ports collide.
+    """
+    with ExitStack() as open_files:
+        folder = Path(tempfile.gettempdir())
+        locks = [
+            open_files.enter_context((folder / f"hansa-tests-{place}.lock").open("w"))
+            for place in places
+        ]
+        while not any(map(_is_taken, locks)):
+            time.sleep(0.2)
         yield
+
+
+def _is_taken(lock: IO[str]) -> bool:
+    """Take a lock if nobody has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -16,7 +16,7 @@ from hansa.federation.methods.official import QUIRKS
 from hansa.pruning import SCORERS
 from hansa.pruning.options import PruningOptions
 from hansa.training import train
-from support import alone
+from support import in_turn
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,15 +91,16 @@ def test_the_documented_configuration_is_valid() -> None:
     assert config.name == "ward-study"
 
 
-def test_the_documented_deployment_and_the_example_can_be_written(tmp_path) -> None:
+def test_the_documented_deployments_and_the_example_can_be_written(tmp_path) -> None:
     from hansa.deploy.layout import init
     from hansa.deploy.options import read_deployment
 
-    (block,) = blocks(ROOT / "docs" / "deployment.md", "toml")
-    path = tmp_path / "documented.toml"
-    path.write_text(block)
-    for number, each in enumerate([path, ROOT / "examples" / "deployment" / "federation.toml"]):
-        assert len(init(read_deployment(each), tmp_path / str(number))) == 7
+    images, texts = blocks(ROOT / "docs" / "deployment.md", "toml")
+    example = (ROOT / "examples" / "deployment" / "federation.toml").read_text()
+    for number, (description, num) in enumerate([(images, 7), (example, 7), (texts, 4)]):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(description)
+        assert len(init(read_deployment(path), tmp_path / str(number))) == num
 
 
 @pytest.mark.filterwarnings("ignore")  # what Flower and Ray warn of is theirs
@@ -112,7 +113,7 @@ def test_a_flower_app_of_ones_own_runs(tmp_path, monkeypatch, capsys) -> None:
     names: dict[str, object] = {}
     exec(code, names)  # noqa: S102
     options = {"init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False}}
-    with alone():
+    with in_turn(1):
         run_simulation(names["server"], names["client"], 3, backend_config=options)
     accuracy = float(capsys.readouterr().out.split()[-1])
     assert 0.3 < accuracy <= 1

@@ -26,6 +26,7 @@ from hansa.federation.engines.flower.exchange import Answer, Request
 
 if TYPE_CHECKING:
     from hansa.deploy.charter import Charter
+    from hansa.deploy.holding import Holding
     from hansa.federation.engines.flower.strategy import HansaStrategy as strategy  # noqa: N813
     from hansa.federation.engines.flower.strategy import node_app as client_app
 
@@ -69,8 +70,8 @@ def apps(path: str | Path) -> Apps:
             if folder is None:
                 folder = Path(charter.config.output)
                 folder.mkdir(parents=True, exist_ok=True)
-            server, keys = _server(charter, folder)
-            serve(charter, server, folder, grid, keys)
+            server, keys, holding = _server(charter, folder)
+            serve(charter, server, folder, grid, keys, holding)
         except InputError as error:
             if folder is not None:
                 tell(folder, "run", state="failed", what=str(error), pid=os.getpid())
@@ -80,29 +81,32 @@ def apps(path: str | Path) -> Apps:
         if VARIABLE in os.environ:
             return _passing_on(Path(os.environ[VARIABLE]), settings)
         from hansa.deploy.charter import Charter
+        from hansa.deploy.holding import Holding
         from hansa.deploy.member import ClientSite
 
         charter = Charter.read(settings)
         member = charter.children[int(context.node_config["partition-id"])]
         folder = Path(charter.config.output) / "state" / member
-        return ClientSite(charter, member, folder).answer
+        return ClientSite(charter, Holding(member, folder)).answer
 
     return Apps(server_app(lead), _client_app(site))
 
 
-def _server(charter: "Charter", folder: Path) -> tuple[Server, Mapping[bytes, str] | None]:
-    """Return a server's settings and its members' keys; a simulation has neither."""
+def _server(
+    charter: "Charter", folder: Path
+) -> tuple[Server, Mapping[bytes, str] | None, "Holding | None"]:
+    """Return a server's settings, its members' keys and what it holds; a simulation has neither."""
     from hansa.deploy.certificates import public_key
+    from hansa.deploy.holding import Holding
     from hansa.federation.tree import name_of
 
     if VARIABLE not in os.environ:
-        return Server(host="", port=1, inner_port=1, deadline=3600.0, wait=300.0), None
-    server = Party.read(folder).server
-    if server is None:
+        return Server(host="", port=1, inner_port=1, deadline=3600.0, wait=300.0), None, None
+    party = Party.read(folder)
+    if party.server is None:
         raise InputError(str(folder), "a party without [server]", "that of a federation")
-    return server, {
-        public_key(folder / "keys" / f"{name_of(path)}.pub"): path for path in charter.children
-    }
+    keys = {public_key(folder / "keys" / f"{name_of(p)}.pub"): p for p in charter.children}
+    return party.server, keys, Holding.of(party, folder)
 
 
 def _passing_on(folder: Path, settings: Path) -> Answering:

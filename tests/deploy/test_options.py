@@ -22,6 +22,7 @@ from hansa.deploy.certificates import check_server, write_authority, write_serve
 from hansa.deploy.charter import Charter
 from hansa.deploy.export import export
 from hansa.deploy.flwr_commands import answers
+from hansa.deploy.holding import Holding
 from hansa.deploy.layout import init, write_app
 from hansa.deploy.mailbox import Mailbox
 from hansa.deploy.options import read_deployment
@@ -97,6 +98,109 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "port": (deploy(port=65535), "deploy.port"),
     "bundle": ({"model": {"bundle": "x"}}, "model.bundle"),
 }
+
+
+NODES: dict[str, dict[str, Any]] = {
+    "root": {"text": "file:root.txt"},
+    "north": {"text": "file:north.txt", "steps": 3},
+    "a": {"parent": "north", "text": "file:a.txt"},
+    "b": {"text": "python:licences", "lr": 0.77},
+}
+TEXT: dict[str, Any] = {
+    "name": "study",
+    "text": {"context": 8},
+    "nodes": NODES,
+    "model": {
+        "name": "gpt2",
+        "options": {"n_embd": 8, "n_layer": 2, "n_head": 2},
+    },
+    "training": {"batch_size": 2},
+    "method": {"name": "worldlm"},
+    "deploy": {"federations": {"north": {"port": 9000}}},
+}
+PRIVATE = {"noise": 1.0, "epsilon": 8.0}
+WRONG_TEXT: dict[str, tuple[dict[str, Any], str]] = {
+    "parties": ({"deploy": {"parties": {"a": {}}}}, "deploy.parties"),
+    "no inner node": ({"deploy": {"federations": {"a": {}}}}, "deploy.federations.a"),
+    "another parent": (
+        {"deploy": {"federations": {"north": {"parent": "root"}}}},
+        "deploy.federations.north.parent",
+    ),
+    "private": ({"nodes": {**NODES, "b": {**NODES["b"], "privacy": PRIVATE}}}, "nodes.b.privacy"),
+    "simulated failures": (
+        {"nodes": {**NODES, "north": {"participation": {"failure_rate": 0.1}}}},
+        "nodes.north.participation",
+    ),
+    "text that the method has no use for": ({"method": {"name": "scaffold"}}, "nodes.root.text"),
+    "an encoding of no text": (
+        {"text": {"tokenizer": "bpe"}, "nodes": {**NODES, "root": {}}},
+        "text.tokenizer",
+    ),
+    "questions and answers": ({"text": {"answers": {}}}, "text.answers"),
+    "an encoding of text elsewhere": ({"text": {"tokenizer": "bpe"}}, "nodes.root.text"),
+}
+
+
+def text_description(folder: Path, **changes: Any) -> Path:
+    path = folder / "texts.toml"
+    path.write_text(tomli_w.dumps({**TEXT, **changes}))
+    return path
+
+
+@pytest.mark.parametrize("case", WRONG_TEXT)
+def test_texts_that_cannot_be_deployed_are_refused(case, tmp_path) -> None:
+    changes, key = WRONG_TEXT[case]
+    with pytest.raises(InputError) as caught:
+        init(read_deployment(text_description(tmp_path, **changes)), tmp_path / "made")
+    assert caught.value.key == key
+    assert not (tmp_path / "made").exists()
+
+
+def test_each_party_knows_its_own_text_and_rules_and_no_others(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = tmp_path / "made"
+    folders = init(read_deployment(text_description(tmp_path)), made)
+    parties = {folder.name: Party.read(folder) for folder in folders}
+    assert {name: party.text for name, party in parties.items()} == {
+        "root": f"file:{tmp_path}/root.txt",
+        "b": "python:licences",
+        "north": f"file:{tmp_path}/north.txt",
+        "a": f"file:{tmp_path}/a.txt",
+    }
+    # A federation's rules hold below it where nothing else does.
+    rules = {name: party.rules for name, party in parties.items()}
+    assert rules == {"root": None, "b": {"lr": 0.77}, "north": {"steps": 3}, "a": {"steps": 3}}
+    assert parties["north"].server
+    assert parties["north"].server.port == 9000
+    for name, children in (("root", ("root/b", "root/north")), ("north", ("root/north/a",))):
+        settings = made / name / "app" / "federation.toml"
+        assert not any(word in settings.read_text() for word in ("file:", "licences", "0.77"))
+        charter = Charter.read(settings)
+        assert charter.children == children
+        assert (charter.shape, len(charter.classes)) == ((8,), 256)
+        assert charter.setup.moments
+    holding = Holding.of(parties["a"], made / "a")
+    assert holding.setup(charter).at("root/north/a").training.steps == 3
+
+
+def test_an_encoding_travels_to_all_and_the_text_it_is_made_of_to_nobody(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "root.txt").write_text("snow and ice and snow and wind " * 40)
+    changes: dict[str, Any] = {"text": {"tokenizer": "bpe", "vocabulary": 260, "context": 8}}
+    init(read_deployment(text_description(tmp_path, **changes)), tmp_path / "made")
+    for name in ("root", "north"):
+        charter = Charter.read(tmp_path / "made" / name / "app" / "federation.toml")
+        assert charter.tokens.size == len(charter.classes) == 260
+        assert charter.tokens.decode(charter.tokens.encode("snow")) == "snow"
+        assert charter.setup.task.objective.to("cpu").bytes_of.max() > 1
+    client = Holding("root/b", tmp_path / "state", text="python:licences").client(charter)
+    assert int(client.labels.max()) >= 256
+    assert client.count("train") > 2
+    nothing = Holding("root/c", tmp_path / "other")
+    with pytest.raises(InputError, match="every client needs"):
+        nothing.client(charter)
 
 
 @pytest.mark.parametrize("case", WRONG)

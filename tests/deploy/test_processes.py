@@ -2,141 +2,53 @@
 
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import tomli_w
+import torch
 from PIL import Image
-from typer.testing import CliRunner
 
+from deployments import (
+    BIN,
+    PATIENCE,
+    at_work,
+    check_states,
+    command,
+    finished,
+    hansa,
+    kill,
+    named,
+    ports,
+    until,
+)
+from halfway import Halfway
 from hansa.bundle import read_bundle
-from hansa.cli import app
+from hansa.data.federate import DataOptions, federate
 from hansa.deploy.certificates import write_node_key
+from hansa.deploy.flwr_commands import answers
 from hansa.deploy.party import told
-from hansa.deploy.trial import down, parties, processes
+from hansa.deploy.trial import processes
 from hansa.export import export
 from hansa.federation.engines.flower.exchange import Answer, Request, from_bytes, to_bytes
+from hansa.federation.engines.plan import EngineOptions
+from hansa.federation.federation import Federation
+from hansa.federation.methods import FedAvg
+from hansa.federation.optimizer import Training
 from hansa.federation.store import DiskStore
+from hansa.federation.tree import Tree
 from hansa.files import write_atomic
 from hansa.runs import Run
 from hansa.training import train
-from support import alone, same
-
-BIN = Path(sys.executable).parent
-PATIENCE = 240.0
-
-
-def ports(num: int) -> int:
-    """The first of some free ports in a row."""
-    start = 20000 + os.getpid() % 20000
-    while True:
-        try:
-            for port in (start + base + k for base in (0, 1000, 2000) for k in range(num)):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-            return start
-        except OSError:
-            start += 50
-
-
-def hansa(*arguments: str | Path) -> None:
-    done = subprocess.run(
-        [BIN / "hansa", "deploy", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def command(*arguments: str | Path) -> None:
-    """Run a command in this process, which has imported everything."""
-    done = CliRunner().invoke(app, ["deploy", *map(str, arguments)])
-    assert done.exit_code == 0, done.output
-
-
-def init(folder: Path, description: dict[str, Any]) -> Path:
-    path = folder / "description.toml"
-    path.write_text(tomli_w.dumps(description))
-    place = folder / "parties"
-    command("init", path, place)
-    return place
-
-
-def until(what: Callable[[], bool], about: str, place: Path, patience: float = PATIENCE) -> None:
-    end = time.monotonic() + patience
-    while not what():
-        if time.monotonic() > end:
-            states = {
-                str(path.relative_to(place)): path.read_text()
-                for path in sorted(place.glob("*/status/*.json"))
-            }
-            raise AssertionError(f"not {about}: {json.dumps(states, indent=1)}")
-        time.sleep(0.2)
-
-
-def finished(party: Path) -> Callable[[], bool]:
-    def is_over() -> bool:
-        state = told(party, "run").get("state")
-        assert state != "failed", told(party, "run")
-        return state == "finished"
-
-    return is_over
-
-
-def at_work(party: Path, number: int) -> Callable[[], bool]:
-    """Whether a federation's run has begun a round."""
-    text = f"round {number}"
-    return lambda: text in told(party, "run").get("what", "")
-
-
-def kill(pids: list[int]) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def named(pids: list[int], text: str) -> list[int]:
-    found = []
-    for pid in pids:
-        try:
-            if text.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-        except OSError:
-            continue
-    return found
-
-
-@pytest.fixture
-def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Path]]:
-    """Start deployments, and end every process of theirs."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    places: list[Path] = []
-
-    def start(description: dict[str, Any]) -> Path:
-        places.append(init(tmp_path, description))
-        hansa("up", places[-1])
-        return places[-1]
-
-    with alone():
-        try:
-            yield start
-        finally:
-            for place in places:
-                down(place)
-                for party in parties(place):
-                    for log in (party / "logs").glob("*.log"):
-                        print(f"==> {log}", log.read_text(errors="replace")[-1500:], sep="\n")
-                left = [pid for party in parties(place) for pid in processes(party)]
-                kill(left)
-                assert not left
+from support import same
 
 
 def gray(folder: Path, value: int) -> None:
@@ -154,14 +66,14 @@ def test_a_federation_of_federations_gives_the_hand_computed_number(running, tmp
     """Passes halfway to 0, 4, 8, 12 with a mean at each level: 3, then 4.5, then 5.25.
 
     In the second pass a gateway's SuperLink and server are killed, and start again by themselves.
-    Strangers try to get in meanwhile.
+    Strangers try to get in meanwhile. After the third FedAvg's model is the local engine's.
     """
     for names in TARGETS.values():
         for name, value in names.items():
             gray(tmp_path / "data" / name, value)
     config: dict[str, Any] = {
         "name": "tree",
-        "rounds": 2,
+        "rounds": 3,
         "score_every": 0,
         "model": {"name": "halfway:Halfway"},
         "training": {"lr": 0.5, "batch_size": 8},
@@ -190,9 +102,13 @@ def test_a_federation_of_federations_gives_the_hand_computed_number(running, tmp
         parts = ("bin/flower-superlink", "bin/flwr-serverapp", "deploy.gate")
         kill([pid for part in parts for pid in named(pids, part)])
 
+        until(at_work(root, 3), "in round 3", place)
+        states = DiskStore(root / "runs" / "tree-seed0" / "states", 2, reads_only=True)
+        assert float(states.get("root").group("model")["w"]) == 4.5
         until(finished(root), "finished", place)
         weights = read_bundle(root / "runs" / "tree-seed0" / "bundle").weights
-        assert float(weights["w"]) == 4.5
+        assert float(weights["w"]) == 5.25
+        assert same(weights, _tree_on_the_local_engine(tmp_path / "data"))
         until(lambda: all(finished(party)() for party in (north, south)), "told of the end", place)
         for name in strangers:
             log = (tmp_path / "strangers" / f"{name}.log").read_text(errors="replace")
@@ -206,7 +122,26 @@ def test_a_federation_of_federations_gives_the_hand_computed_number(running, tmp
         "root/north/n1",
         "root/north/n2",
     }
-    assert below.num_rounds == 2
+    assert below.num_rounds == 3
+
+
+def _tree_on_the_local_engine(folder: Path) -> Mapping[str, torch.Tensor]:
+    """The root's model after three rounds over the same data."""
+    parents = {name: above for above, names in TARGETS.items() for name in names}
+    clients = {}
+    for name in parents:
+        options = DataOptions(source=f"folder:{folder / name}", clients=1)
+        (clients[name],) = federate(options, 0).clients.values()
+    federation = Federation(
+        Halfway(),
+        clients,
+        FedAvg(weighting="uniform"),
+        Training(lr=0.5, batch_size=8),
+        tree=Tree(parents | dict.fromkeys(TARGETS, "root")),
+        engine=EngineOptions(kind="sequential", workers=1),
+    )
+    federation.run(3, score_every=0)
+    return federation.model_of("root").state_dict()
 
 
 @contextmanager
@@ -250,10 +185,10 @@ def _strangers(place: Path, folder: Path, port: int) -> Iterator[list[str]]:
 def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     running, tmp_path
 ) -> None:
-    """FedSelect: three rounds as on the local engine, to the bit. Then one with faults.
+    """FedSelect and ZeroFL: three rounds as on the local engine, to the bit. Then one with faults.
 
-    In round 4 a client is slow, another answers with garbage, and the SuperNode of the third is
-    killed.
+    In round 4 of the first a client is slow, another answers with garbage, and the SuperNode of
+    the third is killed.
     """
     config: dict[str, Any] = {
         "name": "t",
@@ -275,12 +210,18 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     engine = {"kind": "sequential", "workers": 1}
     local = train({**config, "output": str(tmp_path / "local"), "engine": engine})
     run = Run(root / "runs" / "t-seed0")
-    _check_states(place, run, local)
-    _check_bytes(root, run)
+    check_states(place, run, local, ["root/client-0", "root/client-1", "root/client-2"])
+    # A second run of the same members, while what the first one made is looked at.
+    other = {**config, "name": "z", "method": {"name": "zerofl", "sparse": ["*"]}}
+    listed = _second_run(root, other)
+    _check_bytes(listed, run)
     command("export", place / "client-0", tmp_path / "own")
     own, theirs = read_bundle(tmp_path / "own"), export(local, "client-0", tmp_path / "theirs")
     assert same(own.weights, theirs.weights)
     assert same(own.masks, theirs.masks)
+    until(lambda: "z-seed0" in told(root, "run").get("what", ""), "finished again", place)
+    local = train({**other, "output": str(tmp_path / "local"), "engine": engine})
+    check_states(place, Run(root / "runs" / "z-seed0"), local, [])
 
     # One more round, with a deadline that a slow client misses.
     _stop(root)
@@ -316,32 +257,29 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     assert "started again" in (place / "client-2" / "logs" / "party.log").read_text()
 
 
-def _check_states(place: Path, run: Run, local: Run) -> None:
-    """The root's states and the clients' own are those of the local engine, bit for bit."""
-    expected = DiskStore(local.path / "states", 3)
-    found = DiskStore(run.path / "states", 3)
-    clients = [f"root/client-{k}" for k in range(3)]
-    for key in ("root", *(f"root@{client}" for client in clients)):
-        theirs, mine = expected.get(key), found.get(key)
-        assert all(same(mine.group(group), theirs.group(group)) for group in theirs.groups), key
-    for client in clients:
-        (states,) = (place / client.rpartition("/")[2] / "state").glob("*/states")
-        theirs, mine = expected.get(client), DiskStore(states, 3).get(client)
-        assert theirs.groups
-        assert all(same(mine.group(group), theirs.group(group)) for group in theirs.groups)
-
-
-def _check_bytes(root: Path, run: Run) -> None:
-    """What the SuperLink counts agrees with the ledger: 2 % and 4 kB for each message."""
-    environment = {**os.environ, "FLWR_HOME": str(root / "flower"), "FLWR_TELEMETRY_ENABLED": "0"}
-    listed = subprocess.run(
-        [str(BIN / "flwr"), "list", "--format", "json"],
-        env=environment,
+def _second_run(root: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Start another run on a SuperLink, and return what that had to say of the runs before."""
+    settings = tomllib.loads((root / "app" / "federation.toml").read_text())
+    made = root / config["name"]
+    shutil.copytree(root / "app", made)
+    about = {**settings, **config, "federation": settings["federation"]}
+    (made / "federation.toml").write_text(tomli_w.dumps(about))
+    commands = [["list"], ["run", str(made), "federation"]]
+    said = subprocess.run(
+        [sys.executable, "-m", "hansa.deploy.flwr_commands", json.dumps(commands)],
+        env={**os.environ, "FLWR_HOME": str(root / "flower"), "FLWR_TELEMETRY_ENABLED": "0"},
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    (traffic,) = (each["network-traffic"] for each in json.loads(listed)["runs"])
+    listed, started = answers(said)
+    assert started["success"]
+    return listed
+
+
+def _check_bytes(listed: dict[str, Any], run: Run) -> None:
+    """What the SuperLink counts agrees with the ledger: 2 % and 4 kB for each message."""
+    (traffic,) = (each["network-traffic"] for each in listed["runs"])
     ledger = run.history.table("ledger").to_pylist()
     last = sum(row["down"] for row in ledger if row["round"] == 3)  # sent once more for the scores
     counted = {

@@ -13,10 +13,11 @@ from typing import Any
 import tomli_w
 
 from hansa.config import RunConfig, load, read
+from hansa.data.tokenizer import ByteTokenizer, Tokenizer, tokenizer_from_json
 from hansa.errors import InputError
 from hansa.federation.node import Setup
 from hansa.federation.tree import ROOT, Tree, name_of
-from hansa.models import Architecture, build
+from hansa.models import Architecture, build, objective_of
 from hansa.models.task import Task
 
 FILE = "federation.toml"
@@ -32,8 +33,10 @@ class Charter:
         children: the paths of its members, clients and federations.
         clients: those of them that are clients.
         shape: shape of one input.
-        classes: names of the classes, in the order of the model's logits.
+        classes: names of the classes, in the order of the model's logits; of text, the token
+            numbers.
         depth: steps from here to the deepest client.
+        tokenizer: of text, what its tokens stand for; nothing where they are bytes.
     """
 
     config: RunConfig
@@ -43,6 +46,7 @@ class Charter:
     shape: tuple[int, ...]
     classes: tuple[str, ...]
     depth: int
+    tokenizer: str = ""
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -61,10 +65,19 @@ class Charter:
         """
         model = build(self.architecture, self.config.seed)
         config = self.config
-        task = config.method.adapted(Task(model), config.training)
-        setup = Setup(task, config.training, config.model.buffers, config.seed)
+        bytes_of = self.tokens.bytes_of if config.text else None
+        task = Task(model, objective_of(self.architecture, bytes_of))
+        task = config.method.adapted(task, config.training)
+        moments = config.text is not None
+        buffers, seed = config.model.buffers, config.seed
+        setup = Setup(task, config.training, buffers, seed, moments=moments)
         config.method.check(setup, self.depth)
         return setup
+
+    @cached_property
+    def tokens(self) -> Tokenizer:
+        """What cuts text into tokens."""
+        return _tokens(self.tokenizer)
 
     @property
     def tree(self) -> Tree:
@@ -82,8 +95,9 @@ class Charter:
             "children": list(self.children),
             "clients": list(self.clients),
             "shape": list(self.shape),
-            "classes": list(self.classes),
             "depth": self.depth,
+            # Those of text are numbers.
+            **({"tokenizer": self.tokenizer} if self.config.text else {"classes": self.classes}),
         }
         path.write_text(tomli_w.dumps({**self.config.as_dict(), "federation": about}))
 
@@ -97,14 +111,16 @@ class Charter:
         values = read(path)
         about: Mapping[str, Any] = values.pop("federation", {})
         try:
+            config, coded = load(values), str(about.get("tokenizer", ""))
             return cls(
-                config=load(values),
+                config=config,
                 path=str(about["path"]),
                 children=tuple(map(str, about["children"])),
                 clients=tuple(map(str, about["clients"])),
                 shape=tuple(map(int, about["shape"])),
-                classes=tuple(map(str, about["classes"])),
+                classes=token_classes(coded) if config.text else tuple(map(str, about["classes"])),
                 depth=int(about["depth"]),
+                tokenizer=coded,
             )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
@@ -117,3 +133,16 @@ class Charter:
     def name(self) -> str:
         """What people call it."""
         return self.config.name if self.path == ROOT else name_of(self.path)
+
+
+def token_classes(coded: str) -> tuple[str, ...]:
+    """Return the classes of text.
+
+    Args:
+        coded: what its tokens stand for; nothing where they are bytes.
+    """
+    return tuple(map(str, range(_tokens(coded).size)))
+
+
+def _tokens(coded: str) -> Tokenizer:
+    return tokenizer_from_json(coded) if coded else ByteTokenizer()

@@ -49,4 +49,5 @@ def export(folder: Path, out: Path) -> bundle.Bundle:
         architecture=charter.architecture,
         data="held by the party",
         masks=method.masks(charter.setup, state),
+        tokenizer=charter.tokens.as_json() if charter.config.text else "",
     )

@@ -73,6 +73,9 @@ def write_app(deployment: Deployment, folder: Path) -> int:
             does not fit.
     """
     _check_new(folder)
+    if deployment.texts:
+        found = "nodes with text"
+        raise InputError("nodes", found, "images; texts by `hansa train CONFIG --engine flower`")
     for name, party in deployment.options.parties.items():
         if party.data is not None:
             raise InputError(f"deploy.parties.{name}.data", "data of its own", "none, to simulate")
@@ -133,7 +136,15 @@ def _party(
         (parent / "keys" / f"{folder.name}.pub").write_text(f"{public} {folder.name}\n")
         shutil.copy(parent / "tls" / "ca.crt", folder / "member" / "superlink-ca.crt")
     party = deployment.options.parties.get(name_of(path))
-    Party(path=path, server=server, upward=upward, data=party.data if party else None).write(folder)
+    own = deployment.rules.get(path)
+    Party(
+        path=path,
+        server=server,
+        upward=upward,
+        data=party.data if party else None,
+        text=deployment.texts.get(path),
+        rules=own.model_dump(mode="json", exclude_none=True) if own else None,
+    ).write(folder)
     facts = {"name": folder.name, "folder": str(folder.resolve())}
     for target, template in (
         ("start.sh", "start.sh"),

@@ -1,18 +1,21 @@
 """What a deployment is made of: ``[deploy]`` beside the configuration of a run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hansa.config import RunConfig, explain, load, read
-from hansa.data.federate import DataOptions, FederatedData, federate
-from hansa.deploy.charter import Charter
+from hansa.data.federate import FederatedData, federate
+from hansa.deploy.charter import Charter, token_classes
+from hansa.deploy.holding import own_data
+from hansa.deploy.texts import check_inner, rules_of, shared, texts_of, tokenizer_of
 from hansa.errors import InputError, first_line
 from hansa.federation.message import State
 from hansa.federation.node import Child, Node, Reply
+from hansa.federation.rules import Rules
 from hansa.federation.tree import ROOT, Tree, name_of
 
 _HIGHEST = 60_000  # of ports; a party's other ports lie above its own
@@ -79,7 +82,10 @@ class Deployment:
         configs: federation's path -> the configuration of its run.
         servers: federation's path -> where it listens and how long it waits, all of it set.
         shape: shape of one input.
-        classes: names of the classes.
+        classes: names of the classes; of text, the token numbers.
+        tokenizer: what the tokens of text stand for; nothing where they are bytes.
+        texts: path -> source of the text of its own.
+        rules: path -> what holds there and nowhere else.
     """
 
     options: DeployOptions
@@ -88,6 +94,9 @@ class Deployment:
     servers: Mapping[str, ServerOptions]
     shape: tuple[int, ...]
     classes: tuple[str, ...]
+    tokenizer: str = ""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    rules: Mapping[str, Rules] = field(default_factory=dict)
 
 
 def read_deployment(path: Path) -> Deployment:
@@ -104,6 +113,8 @@ def read_deployment(path: Path) -> Deployment:
         raise explain(error, DeployOptions, section, "deploy.") from error
     config = load(values)
     _check(config, options)
+    if config.text is not None:
+        return _of_text(values, config, options)
     for name, party in options.parties.items():
         own_data(party.data, f"deploy.parties.{name}.data.")
     data = None
@@ -119,6 +130,36 @@ def read_deployment(path: Path) -> Deployment:
     if data and (data.shape, data.classes) != (shape, classes):
         raise InputError("deploy.shape", f"{shape}, {classes}", f"{data.shape}, {data.classes}")
     return Deployment(options, tree, configs, servers, shape, classes)
+
+
+def _of_text(values: Mapping[str, Any], config: RunConfig, options: DeployOptions) -> Deployment:
+    """Return the deployment of a language model.
+
+    Raises:
+        InputError: naming the key.
+    """
+    assert config.text is not None  # noqa: S101 the caller has looked
+    tree = config.shape()
+    for key in ("parties", "shape", "classes"):
+        if getattr(options, key):
+            raise InputError(f"deploy.{key}", "something beside [nodes]", "[nodes] and [text]")
+    inner = [name_of(path) for path in tree.walk() if path != ROOT and not tree.is_leaf(path)]
+    for name, federation in options.federations.items():
+        if name not in inner:
+            allowed = ", ".join(inner) or "none: no inner node stands in [nodes]"
+            raise InputError(f"deploy.federations.{name}", "no inner node", allowed)
+        if "parent" in federation.model_fields_set:
+            found = repr(federation.parent)
+            raise InputError(f"deploy.federations.{name}.parent", found, f"nodes.{name}.parent")
+    tokenizer, texts = tokenizer_of(config), texts_of(config, tree)
+    servers, configs = _servers(options, tree), {}
+    for path in servers:
+        own = _config(values, options, path)
+        check_inner(own, texts, path)
+        configs[path] = shared(own, tree, path, tokenizer.size)
+    coded = "" if config.text.tokenizer == "bytes" else tokenizer.as_json()
+    classes, shape, rules = token_classes(coded), (config.text.context,), rules_of(config, tree)
+    return Deployment(options, tree, configs, servers, shape, classes, coded, texts, rules)
 
 
 def charter_of(deployment: Deployment, path: str) -> Charter:
@@ -137,6 +178,7 @@ def charter_of(deployment: Deployment, path: str) -> Charter:
         deployment.shape,
         deployment.classes,
         max(node.count("/") for node in tree.walk(path)) - path.count("/"),
+        deployment.tokenizer,
     )
     charter.setup  # noqa: B018 it is refused here, and not on a machine far away
     return charter
@@ -164,29 +206,15 @@ def check_together(above: Charter, below: Charter) -> None:
         ) from error
 
 
-def own_data(values: Mapping[str, Any] | None, key: str) -> DataOptions | None:
-    """Return a client's own data, nothing where it has none.
-
-    Raises:
-        InputError: a key of it is wrong.
-    """
-    if values is None:
-        return None
-    try:
-        return DataOptions.model_validate({**values, "clients": 1})
-    except ValidationError as error:
-        raise explain(error, DataOptions, values, key) from error
-
-
 def _absolute(values: dict[str, Any]) -> dict[str, Any]:
     """Return values in which paths of data do not depend on the folder one is in."""
     changed: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             changed[key] = _absolute(value)
-        elif key == "source" and isinstance(value, str):
+        elif key in ("source", "text") and isinstance(value, str):
             kind, colon, rest = value.partition(":")
-            if kind in ("folder", "parquet") and rest:
+            if kind in ("file", "folder", "parquet") and rest:
                 value = f"{kind}{colon}{Path(rest).absolute()}"
             changed[key] = value
         else:
@@ -208,11 +236,10 @@ def _check(config: RunConfig, options: DeployOptions) -> None:
         raise InputError("method.name", repr(config.method.name), "a method that pools no data")
     if config.method.turns() > 1:
         raise InputError("method.inner_rounds", config.method.turns(), "1 in a deployment")
-    if config.text is not None:
-        found = f"{config.model.name} on texts"
-        raise InputError("nodes", found, "an image model; language models run on one machine")
     if config.pruning:
         raise InputError("pruning", config.pruning.method, "none in a deployment")
+    if config.text is not None and config.text.answers is not None:
+        raise InputError("text.answers", "questions and answers", "prose in a deployment")
     if config.model.bundle:
         raise InputError("model.bundle", config.model.bundle, "nothing in a deployment")
 

@@ -64,6 +64,10 @@ class Party(_Section):
     upward: Upward | None = None
     data: dict[str, Any] | None = None
     """A client's own data, as in ``[data]``; its share of the run's data where there is none."""
+    text: str | None = None
+    """Source of the party's own text, where a language model is trained."""
+    rules: dict[str, Any] | None = None
+    """What holds at this node and nowhere else, as in ``[nodes.NAME]``."""
 
     def write(self, folder: Path) -> None:
         """Write it into a party's folder."""

@@ -13,11 +13,12 @@ import torch
 
 from hansa.config import RunConfig
 from hansa.deploy.charter import Charter
+from hansa.deploy.holding import Holding
 from hansa.deploy.mailbox import Mailbox
 from hansa.deploy.party import Server, tell
 from hansa.errors import InputError
 from hansa.federation.aggregation import add_metrics
-from hansa.federation.engines.engine import RoundResult
+from hansa.federation.engines.engine import RoundResult, trained, with_trained
 from hansa.federation.engines.flower.grid import Grid, GridPost
 from hansa.federation.engines.flower.remote import RemoteEngine
 from hansa.federation.engines.flower.site import Site
@@ -40,6 +41,7 @@ def serve(
     folder: Path,
     grid: Grid,
     keys: Mapping[bytes, str] | None,
+    holding: Holding | None = None,
 ) -> None:
     """Run a federation's server until its run is over.
 
@@ -52,6 +54,7 @@ def serve(
         folder: of the party whose server it is.
         grid: Flower's.
         keys: public key -> the member that it belongs to; None where nodes have none.
+        holding: what the party holds beside; nothing by default.
 
     Raises:
         InputError: members that do not connect, a loss that is no number, a run of another
@@ -69,7 +72,7 @@ def serve(
     }
     try:
         with run.claimed(config, facts):
-            post = _Server(charter, server, folder, grid, keys, run)
+            post = _Server(charter, server, folder, grid, keys, run, holding)
             if charter.path == ROOT:
                 post.lead(is_new)
             else:
@@ -89,6 +92,7 @@ class _Server:
         grid: Grid,
         keys: Mapping[bytes, str] | None,
         run: Run,
+        holding: Holding | None,
     ) -> None:
         self.charter, self.folder, self.server = charter, folder, server
         self.run, config = run, run.config
@@ -101,7 +105,7 @@ class _Server:
             charter.tree,
             {},
             config.method,
-            charter.setup,
+            holding.setup(charter) if holding else charter.setup,
             config.seed,
             config.participation,
             config.on_failure,
@@ -109,6 +113,8 @@ class _Server:
             deadline,
         )
         self.engine.store = self.run.store()
+        if holding is not None and holding.text is not None:
+            self.engine.data = {charter.path: holding.client(charter)}
 
     def meet(self, is_new: bool) -> None:
         """Wait for the members: for all of them before the first round.
@@ -133,7 +139,9 @@ class _Server:
                 _log.warning("going on without %s", names)
                 break
             time.sleep(_PAUSE)
-        self.engine.samples = {p: int(f.get("samples", 0)) for p, f in self.post.facts.items()}
+        samples = {p: int(f.get("samples", 0)) for p, f in self.post.facts.items()}
+        own = {path: client.count("train") for path, client in self.engine.data.items()}
+        self.engine.samples = samples | own
 
     def lead(self, is_new: bool) -> None:
         """Run the rounds of the configuration, and keep the common model."""
@@ -179,7 +187,8 @@ class _Server:
         config, charter, run = self.run.config, self.charter, self.run
         common = None
         if config.method.common:
-            metrics = {"scored": config.method.scored, **run.history.summary()["metrics"]}
+            scored = "aggregated" if config.text else config.method.scored
+            metrics = {"scored": scored, **run.history.summary()["metrics"]}
             common = write_bundle(
                 run.path / "bundle",
                 "train",
@@ -188,6 +197,7 @@ class _Server:
                 config=config,
                 architecture=charter.architecture,
                 data=str(run.checkpoint["data"]),
+                tokenizer=charter.tokens.as_json() if config.text else "",
             )
         run.finish(common)
 
@@ -228,7 +238,10 @@ class FederationWorker:
         engine.store = store
         self._last = engine.round(number, score=False, down=down)
         self._run.record(self._last, Plan())
-        return engine.method.reply(engine.node(path, number), engine.state(path)), {}
+        metrics: Metrics = {}
+        for visit in self._last.visits:  # those of its own training, and scores of all below it
+            add_metrics(metrics, visit.metrics if visit.path == path else trained(visit.metrics))
+        return engine.method.reply(engine.node(path, number), engine.state(path)), metrics
 
     def score(self, number: int, store: Store, down: Message) -> Scores:
         """Return the sums of the members' scores; each one's own stand in the federation's run."""
@@ -237,7 +250,8 @@ class FederationWorker:
         node = engine.node(engine.top, number)
         found = dict(engine.score(node, engine.method.held(node, store.get(node.path), down)))
         if self._last is not None and self._last.number == number:
-            self._run.record(replace(self._last, scores=found), Plan())
+            whole = with_trained(found, self._last.visits)
+            self._run.record(replace(self._last, scores=whole), Plan())
         total: Scores = {}
         for scores in found.values():
             for split, metrics in scores.items():

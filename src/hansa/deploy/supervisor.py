@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import tomli_w
 
@@ -35,8 +36,10 @@ _HEALTH = 120.0  # seconds that a SuperLink has to come up
 _STOP = 10.0  # seconds that a process has to end when told to
 _CONNECTION = "federation"
 _TURNED_AWAY = "Exit Code: 305"
+_KNOWN = "already in use"
+_SUBMITTED = "submitted"
+"""Where the number of the last run stands that was started, in ``status/``."""
 _DATABASE = "superlink.db"
-_POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # seconds until a message's process is started
 
 
 class Supervisor:
@@ -109,9 +112,9 @@ class Supervisor:
             self._start("superlink", _superlink_command(self.folder, self.party))
             self._submitted = 0.0
             self._await_health()
-            self._register()
+            self._submit("its SuperLink was not there", *self._registrations())
         if not self._is_up("gate"):
-            self._start("gate", [sys.executable, "-m", "hansa.deploy.gate", str(self.folder)])
+            self._start("gate", [sys.executable, "-m", "hansa.deploy.gate", self._place])
             tell(self.folder, "superlink", state="running", what=self._address)
         if self._processes["superlink"].poll() is not None:
             return  # it rests before it is started again
@@ -127,31 +130,46 @@ class Supervisor:
         elif run and not _is_alive(int(run.get("pid", 0))):
             self._submit("its process ended")
 
-    def _submit(self, why: str) -> None:
-        """Start the federation's run; it goes on where the one before was."""
-        if told(self.folder, "run"):
-            _log.warning("the run is started again: %s", why)
-        (self.folder / "status" / "run.json").unlink(missing_ok=True)
-        self._submitted = time.monotonic()
+    def _submit(self, why: str, *first: list[str]) -> None:
+        """Start the federation's run, if it is not over; it goes on where the one before was.
+
+        Args:
+            why: for the log.
+            *first: commands of Flower's that come before.
+        """
+        commands, run = list(first), told(self.folder, "run")
+        if run.get("state") != "finished":
+            if run:
+                _log.warning("the run is started again: %s", why)
+            (self.folder / "status" / "run.json").unlink(missing_ok=True)
+            self._submitted = time.monotonic()
+            if before := told(self.folder, _SUBMITTED).get("number"):
+                # Or members would wait for what the one before can no longer send.
+                commands.append(["stop", str(before), _CONNECTION])
+            commands.append(["run", self._place + "/app", _CONNECTION])
         try:
-            self._flwr(["run", str(self.folder / "app"), _CONNECTION])
+            said = self._flwr(*commands)
         except InputError:
             time.sleep(_TICK)
             if self._processes["superlink"].poll() is None:
                 raise
             self._submitted = 0.0  # the SuperLink died over it, and so will be started again
+        else:
+            if self._submitted:
+                tell(self.folder, _SUBMITTED, number=said[-1].get("run-id"))
 
-    def _register(self) -> None:
-        """Make the members known to the SuperLink; those known from before stay so."""
+    def _registrations(self) -> list[list[str]]:
+        """Return what makes the members known to the SuperLink; those known before stay so."""
         keys = sorted((self.folder / "keys").glob("*.pub"))
-        self._flwr(
-            *(["supernode", "register", str(key), _CONNECTION, "--name", key.stem] for key in keys),
-            fine="already in use",
-        )
+        register = ["supernode", "register"]
+        return [[*register, str(key), _CONNECTION, "--name", key.stem] for key in keys]
 
     def _supernode(self) -> None:
-        if self.party.server is None and not self._is_up("worker"):
-            self._start("worker", _worker_command(self.folder))
+        if "supernode" in self._processes:
+            if self.party.server is None and not self._is_up("worker"):
+                self._start("worker", [sys.executable, "-m", "hansa.deploy.member", self._place])
+            if not self._is_up("tasks"):
+                self._start("tasks", _tasks_command(self.party))
         if self._is_up("supernode"):
             if told(self.folder, "supernode").get("state") != "running" and _has_joined(
                 self.folder / "logs" / "supernode.log", self._log_start
@@ -170,6 +188,10 @@ class Supervisor:
             _log.warning("the SuperNode ended (%s) and is started again", self._last_words(log))
         tell(self.folder, "supernode", state="starting", what=self._last_words(log))
         self._start("supernode", _supernode_command(self.folder, self.party))
+
+    @property
+    def _place(self) -> str:
+        return str(self.folder)
 
     @property
     def _upward(self) -> str:
@@ -214,7 +236,7 @@ class Supervisor:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         home = self.folder / "flower"
         own = {VARIABLE: str(self.folder), "FLWR_HOME": str(home), "PATH": path}
-        return {**os.environ, **QUIET, **own, "OMP_NUM_THREADS": "1", _POLL: "0.5"}
+        return {**os.environ, **QUIET, **own, "OMP_NUM_THREADS": "1"}
 
     def _await_health(self) -> None:
         """Wait until the SuperLink answers.
@@ -240,18 +262,14 @@ class Supervisor:
             tomli_w.dumps({"superlink": {"default": _CONNECTION, _CONNECTION: connection}})
         )
 
-    def _flwr(self, *commands: list[str], fine: str = "") -> None:
-        """Run some of Flower's commands.
-
-        Args:
-            *commands: their arguments.
-            fine: part of an error message that is as good as success.
+    def _flwr(self, *commands: list[str]) -> list[dict[str, Any]]:
+        """Run some of Flower's commands, and return what each has to say.
 
         Raises:
-            InputError: one fails.
+            InputError: one fails, other than to stop what has ended and to register who is known.
         """
         if not commands:
-            return
+            return []
         program = [sys.executable, "-m", "hansa.deploy.flwr_commands", json.dumps(commands)]
         try:
             done = subprocess.run(  # noqa: S603 our own command
@@ -267,11 +285,16 @@ class Supervisor:
             found = f"no answer to `flwr {commands[0][0]}`"
             raise InputError("SuperLink", found, "one that answers") from error
         said = answers(done.stdout)
-        words = [str(answer.get("error-message")) for answer in said if not answer.get("success")]
-        words = [text for text in words if not fine or fine not in text]
+        words = [
+            f"`flwr {command[0]}`: {answer.get('error-message')}"
+            for command, answer in zip(commands, said, strict=False)
+            if not answer.get("success") and command[0] != "stop"
+        ]
+        words = [text for text in words if _KNOWN not in text]
         if words or len(said) < len(commands):
-            words.append(done.stderr[-500:].strip())
-            raise InputError("SuperLink", f"`flwr {commands[0][0]}`: {words[0]}", "success")
+            words.append(f"`flwr {commands[0][0]}`: {done.stderr[-500:].strip()}")
+            raise InputError("SuperLink", words[0], "success")
+        return said
 
     def _last_words(self, log: Path) -> str:
         """Return the last line of a log that says something went wrong, or the last one."""
@@ -346,13 +369,16 @@ def _supernode_command(folder: Path, party: Party) -> list[str]:
     return [
         str(Path(sys.executable).with_name("flower-supernode")),
         *("--superlink", party.upward.superlink, "--port", str(party.upward.runtime_port)),
+        *("--isolation", "process"),
         *("--root-certificates", str(member / "superlink-ca.crt")),
         *("--auth-supernode-private-key", str(member / "node.key")),
     ]
 
 
-def _worker_command(folder: Path) -> list[str]:
-    return [sys.executable, "-m", "hansa.deploy.member", str(folder)]
+def _tasks_command(party: Party) -> list[str]:
+    assert party.upward is not None  # noqa: S101 for mypy
+    program = [sys.executable, "-m", "hansa.federation.engines.flower.tasks"]
+    return [*program, f"127.0.0.1:{party.upward.runtime_port}"]
 
 
 def _probe(address: str, authority: Path) -> str:

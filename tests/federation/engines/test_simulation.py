@@ -12,15 +12,19 @@ from hansa.deploy.layout import write_app
 from hansa.deploy.options import read_deployment
 from hansa.federation.engines.flower.grid import GridPost
 from hansa.federation.engines.plan import EngineOptions
-from hansa.federation.methods import FedSelect
+from hansa.federation.methods import FedSelect, Method, ZeroFL
 from hansa.federation.participation import Participation
 from hansa.federation.tree import name_of
 from hansa.flower import apps
 from hansa.runs import Run
 from hansa.training import train
-from support import alone, clients, config, net, same
+from support import clients, config, in_turn, net, same
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what Flower and Ray warn of is theirs
+
+
+def _name(method: Method) -> str:
+    return method.name
 
 
 def test_a_generated_app_gives_the_local_engines_bits(tmp_path) -> None:
@@ -36,7 +40,7 @@ def test_a_generated_app_gives_the_local_engines_bits(tmp_path) -> None:
     assert write_app(read_deployment(path), tmp_path / "app") == 4
     made = apps(tmp_path / "app" / "federation.toml")
     options = {"init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False}}
-    with alone():
+    with in_turn(1):
         run_simulation(made.server, made.client, 4, backend_config=options)
     run = Run(tmp_path / "app" / "results" / "runs" / local.path.name)
     assert run.history.table("ledger").equals(local.history.table("ledger"))
@@ -45,8 +49,10 @@ def test_a_generated_app_gives_the_local_engines_bits(tmp_path) -> None:
     assert same(weights, expected)
 
 
-def test_flowers_simulation_gives_the_local_engines_bits() -> None:
-    data, method = clients(4), FedSelect(rate=0.2)
+@pytest.mark.parametrize("method", [FedSelect(rate=0.2), ZeroFL(sparse=("*",))], ids=_name)
+def test_flowers_simulation_gives_the_local_engines_bits(method: Method) -> None:
+    """FedSelect and ZeroFL; WorldLM stands in ``test_worldlm.py``."""
+    data = clients(4)
 
     def federation(kind: Any) -> Federation:
         return Federation(
@@ -60,7 +66,7 @@ def test_flowers_simulation_gives_the_local_engines_bits() -> None:
 
     local, flower = federation("sequential"), federation("flower")
     expected = local.run(3)
-    with alone():
+    with in_turn(1):
         found = flower.run(3)
     for table in ("ledger", "scores", "pairs"):
         assert found.table(table).equals(expected.table(table)), table

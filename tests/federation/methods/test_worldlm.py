@@ -32,7 +32,7 @@ from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import encode, encoded_size
 from hansa.models.objective import NextToken, Objective
 from hansa.models.task import Task
-from support import CLASSES, FEATURES, Row, alone, clients
+from support import CLASSES, FEATURES, Row, clients, in_turn
 
 VOCABULARY, CONTEXT, TRAIN = 256, 5, 7
 TREE = Tree({"A": ROOT, "B": ROOT, "a1": "A", "a2": "A", "b1": "B", "b2": "B"})
@@ -178,7 +178,7 @@ def test_flowers_simulation_gives_the_local_engines_bits() -> None:
     here = federation(method, **options)
     there = federation(method, engine=EngineOptions(kind="flower", workers=1), **options)
     expected = here.run(3)
-    with alone():
+    with in_turn(1):
         found = there.run(3)
     for table in ("ledger", "figures", "pairs"):
         assert found.table(table).equals(expected.table(table)), table

@@ -130,7 +130,7 @@ class Engine(ABC):
         self.data: Mapping[str, Client] = {}
         """Inner node -> the data of its own."""
         self.scoring = True
-        """Whether the round under way is scored."""
+        """Whether the round under way is scored, or may be by whoever stands above."""
         self._own: dict[str, Visit] = {}
 
     @property
@@ -167,20 +167,17 @@ class Engine(ABC):
             DivergedError: a leaf's loss is no number and ``on_failure`` is ``stop``.
         """
         start = perf_counter()
-        self.scoring = score
+        self.scoring = score or down is not None
         visits: list[Visit] = []
         top = self.node(self.top, number)
         state = self.state(self.top)
         if down is not None:
             state = self.method.receive(top, state, down)
         self.visit(top, state, visits)
-        if self.top == ROOT and ROOT in self._own:
-            visits.append(self._own.pop(ROOT))
+        if self.top in self._own:
+            visits.append(self._own.pop(self.top))
         visits.sort(key=lambda visit: visit.path)
-        scores = dict(sorted(self.scores(top).items())) if score else {}
-        for visit in visits if score else ():
-            if trained := _after_training(visit.metrics):
-                scores.setdefault(visit.path, {})["test:trained"] = trained
+        scores = with_trained(self.scores(top), visits) if score else {}
         self.rounds_done = number
         compared = tuple(self.pairs()) if pairs else ()
         figures = tuple(self.figures(visits))
@@ -341,9 +338,19 @@ class Engine(ABC):
                 raise
 
 
-def _after_training(metrics: Metrics) -> Metrics:
-    """Return the metrics of a model after its local steps."""
-    return {n.removeprefix(_AFTER): pair for n, pair in metrics.items() if _is_after(n)}
+def with_trained(scores: dict[str, Scores], visits: Iterable[Visit]) -> dict[str, Scores]:
+    """Return scores by node, in path order, with those of models after their local steps."""
+    found = dict(sorted(scores.items()))
+    for visit in visits:
+        if after := trained(visit.metrics):
+            named = {name.removeprefix(_AFTER): pair for name, pair in after.items()}
+            found.setdefault(visit.path, {})["test:trained"] = named
+    return found
+
+
+def trained(metrics: Metrics) -> Metrics:
+    """Return those of a visit's metrics that are of the model after its local steps."""
+    return {name: pair for name, pair in metrics.items() if _is_after(name)}
 
 
 def _is_after(name: str) -> bool:

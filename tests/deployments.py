@@ -1,0 +1,139 @@
+"""Deployments that tests start: patience, ports, and what is left behind."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from typer.testing import CliRunner
+
+from hansa.cli import app
+from hansa.deploy.party import told
+from hansa.federation.message import State
+from hansa.federation.store import DiskStore
+from hansa.runs import Run
+from support import same
+
+BIN = Path(sys.executable).parent
+PATIENCE = 240.0
+
+
+def ports(num: int) -> int:
+    """The first of some free ports in a row."""
+    start = 20000 + 50 * (os.getpid() % 400)  # far from what another of pytest's workers takes
+    while True:
+        try:
+            for port in (start + base + k for base in (0, 1000, 2000) for k in range(num)):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            return start
+        except OSError:
+            start += 50
+
+
+def hansa(*arguments: str | Path) -> None:
+    done = subprocess.run(
+        [BIN / "hansa", "deploy", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def command(*arguments: str | Path) -> None:
+    """Run a command in this process, which has imported everything."""
+    done = CliRunner().invoke(app, ["deploy", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+
+
+def init(folder: Path, description: dict[str, Any]) -> Path:
+    path = folder / "description.toml"
+    path.write_text(tomli_w.dumps(description))
+    place = folder / "parties"
+    command("init", path, place)
+    return place
+
+
+def until(what: Callable[[], bool], about: str, place: Path, patience: float = PATIENCE) -> None:
+    end = time.monotonic() + patience
+    while not what():
+        if time.monotonic() > end:
+            states = {
+                str(path.relative_to(place)): path.read_text()
+                for path in sorted(place.glob("*/status/*.json"))
+            }
+            raise AssertionError(f"not {about}: {json.dumps(states, indent=1)}")
+        time.sleep(0.2)
+
+
+def finished(party: Path) -> Callable[[], bool]:
+    def is_over() -> bool:
+        state = told(party, "run").get("state")
+        assert state != "failed", told(party, "run")
+        return state == "finished"
+
+    return is_over
+
+
+def at_work(party: Path, number: int) -> Callable[[], bool]:
+    """Whether a federation's run has begun a round."""
+    text = f"round {number}"
+    return lambda: text in told(party, "run").get("what", "")
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def named(pids: list[int], text: str) -> list[int]:
+    found = []
+    for pid in pids:
+        try:
+            if text.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def check_states(place: Path, run: Run, local: Run, below: Sequence[str]) -> None:
+    """States after three rounds are those of the local engine, bit for bit.
+
+    Args:
+        place: of the parties.
+        run: the root's run.
+        local: the local engine's.
+        below: other nodes and links that must have states.
+    """
+    stores = {"root": DiskStore(run.path / "states", 3)}
+    expected = DiskStore(local.path / "states", 3)
+    number = str(run.checkpoint["run"])
+
+    def found(node: str, key: str) -> State:
+        name = node.rpartition("/")[2]
+        if name not in stores:
+            stores[name] = DiskStore(place / name / "state" / number / "states", 3)
+        return stores[name].get(key)
+
+    checked: set[str] = set()
+    nodes = ["root", *sorted({row["node"] for row in local.history.table("ledger").to_pylist()})]
+    for node in dict.fromkeys(nodes):
+        keys = [(node, node)]
+        if node != "root":
+            above = node.rpartition("/")[0]
+            keys.append((above, f"{above}@{node}"))
+        for holder, key in keys:
+            mine, theirs = found(holder, key), expected.get(key)
+            assert mine.groups.keys() == theirs.groups.keys(), key
+            assert all(same(mine.group(group), theirs.group(group)) for group in theirs.groups), key
+            checked |= {key} if mine.groups else set()
+    assert {"root", *below} <= checked
