@@ -4,7 +4,7 @@ One domain and a few templates: the model learns to copy a name from the questio
 within seconds. So absolute figures are optimistic; what is looked for is which score sees what.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -46,14 +46,7 @@ class Base:
 
 
 @pytest.fixture(scope="module")
-def base() -> Iterator[Base]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is so small that threads would wait for each other
-    yield trained()
-    torch.set_num_threads(threads)
-
-
-def trained() -> Base:
+def base() -> Base:
     public = make(DOMAIN, 1500, 1, "public")
     text = "".join(OPTIONS.prompted(e.question) + e.answer + OPTIONS.end for e in public)
     tokenizer = train_bpe(text, 320)

@@ -136,7 +136,7 @@ def test_processes_score_to_the_same_bits(values: Values) -> None:
     stores = MemoryStore(), MemoryStore()
     with alone():  # each process reads PyTorch anew
         for workers, store in zip((1, 2), stores, strict=True):
-            engine = replace(made.engine, workers=workers)
+            engine = made.engine.model_copy(update={"workers": workers})
             replace(made, engine=engine).score(point, store)
     for path in made.tree.leaves():
         first, second = (encode(store.get(path)) for store in stores)

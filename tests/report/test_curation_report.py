@@ -1,6 +1,7 @@
 """The page about a curation, of numbers that are written down here."""
 
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,7 @@ def test_a_page_of_what_a_federation_knows(tmp_path: Path) -> None:
         assert wanted in text, wanted
     for other in ("recall", "AUROC", "Test loss", "labelled clean"):
         assert other not in text
-    assert "http://" not in html.replace("http://www.w3.org", "")
-    assert "<script src" not in html
+    assert not re.search(r"""(src|href)=["']?http""", html)  # it needs nothing from elsewhere
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
