@@ -61,6 +61,17 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Hold PyTorch to one thread, on whose number the rounding of a sum may depend."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def processor() -> str:
     """Return the kind of this machine's processor."""
     try:

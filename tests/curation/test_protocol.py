@@ -37,7 +37,7 @@ from hansa.federation.store import MemoryStore
 from hansa.federation.tree import ROOT
 from hansa.federation.wire import decode, encode
 from hansa.training import cohort_of, prepare
-from support import alone
+from support import in_turn
 
 Values = dict[str, Any]
 Asked = tuple[Counts, Counts, MemoryStore]
@@ -134,7 +134,7 @@ def test_processes_score_to_the_same_bits(values: Values) -> None:
     made = cohort(values)
     point = made.points(params_of(made.model), [])
     stores = MemoryStore(), MemoryStore()
-    with alone():  # each process reads PyTorch anew
+    with in_turn(0, 1):  # each process reads PyTorch anew
         for workers, store in zip((1, 2), stores, strict=True):
             engine = made.engine.model_copy(update={"workers": workers})
             replace(made, engine=engine).score(point, store)

@@ -41,6 +41,7 @@ from hansa.federation.store import MemoryStore, Store
 from hansa.federation.tree import ROOT, Tree, name_of
 from hansa.models.objective import NextToken
 from hansa.models.task import Task
+from hansa.processes import one_thread
 
 _log = logging.getLogger("hansa")
 Counts = Mapping[str, torch.Tensor]
@@ -138,6 +139,7 @@ class Cohort:
         """The model as a task."""
         return Task(self.model, NextToken(self.data.bytes_of))
 
+    @one_thread()
     def points(self, at: Tensors, checkpoints: Sequence[tuple[Tensors, float]]) -> State:
         """Return what the root sends for samples to be scored.
 
@@ -167,6 +169,7 @@ class Cohort:
             made[-1] = replace(last, directions=both)
         return sent_points(model, made)
 
+    @one_thread()
     def anchor_scores(self, points: State) -> dict[str, torch.Tensor]:
         """Return the oriented scores of the anchors, as a client would make them of its samples."""
         anchors, task = self.public.anchors, self.task
