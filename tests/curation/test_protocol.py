@@ -13,7 +13,7 @@ import torch
 from small import CLIENTS, GRADIENTS, config, records, write
 
 from hansa.config import load
-from hansa.curation.federated import Cohort, Counts, check_counts, ledger, params_of
+from hansa.curation.federated import Cohort, Counts, check_counts, check_use, ledger, params_of
 from hansa.curation.protocol import (
     Curate,
     noise_below,
@@ -423,3 +423,10 @@ def test_what_is_sent_reads_back(values: Values) -> None:
     model, checkpoints = points_from(decode(encode(points)))
     assert not checkpoints
     assert all(torch.equal(model.params[n], p) for n, p in params_of(made.model).items())
+
+
+def test_a_model_that_uses_no_questions_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    check_use(-torch.tensor([0.1, 0.2, 0.99]))
+    assert not caplog.records
+    check_use(-torch.tensor([0.1, 0.95, 0.99]))
+    assert "median IFD of the anchors is 0.95" in caplog.text

@@ -44,6 +44,8 @@ from hansa.models.task import Task
 from hansa.processes import one_thread
 
 _log = logging.getLogger("hansa")
+UNUSED = 0.9
+"""IFD above which a question has hardly helped."""
 Counts = Mapping[str, torch.Tensor]
 """Client -> counts [domains + 1, columns], the last row of domains that no anchor has."""
 
@@ -191,6 +193,8 @@ class Cohort:
         anchors, options = self.public.anchors, self.options
         examples = () if anchors is None else anchors.examples
         numbers, names = self.public.numbers(examples), self.public.domains
+        if "ifd" in options.deciding and examples:
+            check_use(scores["ifd"])
         return set_threshold(options.threshold, options.deciding, scores, numbers, names)
 
     def score(self, points: State, store: Store) -> tuple[Counts, RoundResult]:
@@ -327,6 +331,21 @@ def check_counts(
             f"curation.guard.{key} lower, or curation.guard.action = 'warn'",
         )
     return [text for _, text in short]
+
+
+def check_use(ifd: torch.Tensor) -> None:
+    """Warn of anchors whose answers their questions hardly help: the ratio then tells nothing.
+
+    Args:
+        ifd: oriented scores of the anchors [m].
+    """
+    median = -float(ifd.median())
+    if median > UNUSED:
+        _log.warning(
+            "curation: the median IFD of the anchors is %.2f: the model hardly uses their "
+            "questions; conditional_loss may tell more",
+            median,
+        )
 
 
 def _pair(packed: Packed) -> Pair:
