@@ -70,7 +70,7 @@ def build(
     failures = []
     for command in [compiler] if compiler else compilers():
         # Without OpenMP the kernels run on one thread.
-        for parallel in (("-fopenmp",), ("-Wno-unknown-pragmas",)):
+        for parallel in (("-fopenmp",), ("-Wno-unknown-pragmas", "-Wno-unused-parameter")):
             try:
                 return _build(folder, command, (*parallel, *extra), sets)
             except (OSError, subprocess.CalledProcessError) as error:
