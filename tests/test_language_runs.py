@@ -338,7 +338,11 @@ FILE = "file:{}/a1.txt"
             "method: .*share_k",
         ),
         ("nodes", None, r"nodes: found nothing; allowed: the nodes of the tree"),
-        ("text.tokenizer", "own", r"text\.tokenizer: found 'own'; allowed: 'bytes' or 'bpe'"),
+        (
+            "text.tokenizer",
+            "own",
+            r"text\.tokenizer: found 'own'; allowed: 'bytes', 'bpe' or 'bundle'",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and value[0] in "ntdpm" else "",
 )
