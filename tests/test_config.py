@@ -77,3 +77,8 @@ def test_difference_names_the_keys() -> None:
 
 def test_defaults_are_a_valid_configuration() -> None:
     assert load({}) == RunConfig()
+
+
+def test_kinds_of_a_union_are_no_part_of_a_key() -> None:
+    with pytest.raises(InputError, match=r"^text\.answers\.corruption\.shares: found 'x'; allowed"):
+        load({"text": {"answers": {"corruption": {"shares": "x"}}}})

@@ -344,6 +344,9 @@ def explain(
     for part in details["loc"]:
         if isinstance(place, Mapping) and part not in place and place.get("kind") == part:
             continue
+        # So do the kinds of a union without tags: literal[...], tuple[...], float.
+        if not isinstance(place, Mapping) and ("[" in str(part) or part == "float"):
+            continue
         path.append(str(part))
         place = place.get(part) if isinstance(place, Mapping) else None
     key = (prefix + ".".join(path)).rstrip(".")
