@@ -1,0 +1,134 @@
+"""Models to be safeguarded: those of the library ``transformers``, from bundles, folders or hubs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hansa.bundle import CARD, Bundle, read_bundle
+from hansa.errors import InputError, first_line
+from hansa.models.build import Architecture, restore
+from hansa.models.language import CausalLM
+
+_KEY = "model.path"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A causal model, and what belongs to it.
+
+    Attributes:
+        model: a model of ``transformers``, float32, without adapters.
+        architecture: how to build it again.
+        tokenizer: a bundle's tokenizer as JSON (``tokenizer_from_json``), else empty.
+        own_tokenizer: that of ``transformers``, of a model that comes from a folder or a hub.
+        parent: the bundle that it comes from.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    tokenizer: str = ""
+    own_tokenizer: Any = None
+    parent: Bundle | None = None
+
+
+def load_model(path: str, context: int) -> Loaded:
+    """Return the model of a bundle, of a folder that ``save_pretrained`` wrote, or of a hub.
+
+    Master weights are float32 whatever the file holds: in bfloat16 the small steps of a defender
+    or an attacker vanish.
+
+    Args:
+        path: the folder, or a name on the hub.
+        context: most tokens of a row, which a model from elsewhere is described by.
+
+    Raises:
+        InputError: no causal model there.
+    """
+    if (Path(path) / CARD).is_file():
+        bundle = read_bundle(path)
+        module = restore(bundle)
+        if not isinstance(module, CausalLM):
+            raise InputError(_KEY, f"{path}, a model of images", "a causal language model")
+        architecture = Architecture.model_validate(bundle.architecture)
+        options = {k: v for k, v in architecture.options.items() if k != "lora"}
+        architecture = architecture.model_copy(update={"options": options})
+        return Loaded(merged(module.model), architecture, bundle.tokenizer, None, bundle)
+    transformers = _library()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            _KEY,
+            f"{path!r} without a causal model and its tokenizer ({first_line(error)})",
+            "a bundle, a folder of transformers, or a name on the hub",
+        ) from error
+    model.config.use_cache = False
+    if tokenizer.pad_token is None:  # batches here are padded by a mask; other tools want a token
+        tokenizer.pad_token = tokenizer.eos_token
+    values = {**model.config.to_dict(), "model_type": model.config.model_type}
+    architecture = Architecture(
+        name="transformers",
+        options={"config": _plain(values)},
+        shape=(context,),
+        classes=model.config.get_text_config().vocab_size,
+    )
+    return Loaded(model, architecture, "", tokenizer)
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """Return a model whose low-rank adapters have become part of its weights.
+
+    A safeguard that lives in adapters is removed by leaving them out.
+    """
+    for path, module in list(model.named_modules()):
+        base = getattr(module, "base_layer", None)
+        if base is None or not hasattr(module, "merge"):
+            continue
+        module.merge()
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, base)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """Return a model's decoder layers: its longest list of modules of one class.
+
+    Raises:
+        InputError: there is none.
+    """
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len({type(part) for part in module}) == 1
+    ]
+    if not lists:
+        raise InputError(_KEY, "a model without decoder layers", "a transformer")
+    return max(lists, key=len)
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a model's weights under the names that a bundle has."""
+    return {f"model.{name}": value for name, value in model.state_dict().items()}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a configuration that JSON can hold."""
+    kinds = (str, int, float, bool, list, dict, type(None))
+    return {key: value for key, value in values.items() if isinstance(value, kinds)}
+
+
+def _library() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            _KEY, "no library 'transformers'", "pip install hansa[language]"
+        ) from error
+    return transformers
