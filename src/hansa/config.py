@@ -348,7 +348,10 @@ def explain(
         if not isinstance(place, Mapping) and ("[" in str(part) or part == "float"):
             continue
         path.append(str(part))
-        place = place.get(part) if isinstance(place, Mapping) else None
+        if isinstance(place, list | tuple) and isinstance(part, int):
+            place = place[part]
+        else:
+            place = place.get(part) if isinstance(place, Mapping) else None
     key = (prefix + ".".join(path)).rstrip(".")
     if details["type"] == "extra_forbidden":
         names = _fields(model, details["loc"][:-1])
