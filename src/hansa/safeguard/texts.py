@@ -1,0 +1,255 @@
+"""Safeguards of a real model: retained and restricted text, questions, and pairs of answers."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hansa.data.text_sources import Query, read
+from hansa.errors import InputError
+from hansa.safeguard.rows import (
+    Data,
+    Part,
+    Pool,
+    Preferences,
+    Questions,
+    Rows,
+    Source,
+    check_disjoint,
+)
+from hansa.seeding import generator
+
+Encode = Callable[[str], list[int]]
+_LETTERS = "ABCDEFGHIJ"
+_CLOZE = 8
+"""Places of a row that are asked for."""
+
+
+class TextsOptions(BaseModel):
+    """Where texts come from. A source is ``file:PATH``, ``folder:PATH``, ``parquet:PATH``,
+    ``python:KIND`` or ``hub:NAME``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["texts"]
+    retain: str
+    """Text that the model should keep."""
+    restricted: str
+    """Text that it should not."""
+    attacker: str | None = None
+    """Restricted text that an attacker has; by default a share of ``restricted``."""
+    shares: tuple[float, float, float] = (0.45, 0.15, 0.2)
+    """Shares of ``restricted`` for adversaries, held out, and the attacker; the rest is asked
+    for. Parts are contiguous."""
+    context: int = Field(256, ge=8, strict=True)
+    """Tokens of a row."""
+    most_kb: int | None = Field(1000, ge=1, strict=True)
+    """Most text read from a source, in thousands of bytes."""
+    column: str | None = None
+    """Text column of Parquet files and hub data sets."""
+    retained_questions: str | None = None
+    """A jsonl file with ``question``, ``choices`` and ``answer`` (the number of the choice, from
+    0). By default held-out text is asked for its next tokens, each among four."""
+    restricted_questions: str | None = None
+    """The same about what is restricted."""
+    pairs: str | None = None
+    """A jsonl file with ``prompt``, ``chosen`` and ``rejected``, to train refusals by."""
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> "TextsOptions":
+        if min(self.shares) <= 0 or sum(self.shares) >= 1:
+            raise ValueError("shares must be above 0, and leave some to be asked for")
+        return self
+
+
+class Texts(Data):
+    """The data of some options, in a model's tokens.
+
+    Args:
+        options: where texts come from.
+        encode: text to token numbers.
+        vocabulary: number of tokens.
+
+    Raises:
+        InputError: text that cannot be read or is too short, and parts that share text.
+    """
+
+    def __init__(self, options: TextsOptions, encode: Encode, vocabulary: int) -> None:
+        self.options, self.vocabulary, self.context = options, vocabulary, options.context
+        self._encode = encode
+        retained = self._read("retain")
+        restricted = self._read("restricted")
+        cut = max(1, round(len(retained) * 0.9))
+        self._parts = {"retain": retained[slice(cut)], "retained": retained[slice(cut, None)]}
+        sums = [sum(options.shares[:k]) for k in range(4)]
+        cuts = [*(round(share * len(restricted)) for share in sums), len(restricted)]
+        names = ("adversary", "held_out", "attacker", "restricted")
+        for name, start, end in zip(names, cuts, cuts[1:], strict=False):
+            self._parts[name] = restricted[slice(start, end)]
+        if options.attacker is not None:
+            self._parts["attacker"] = self._read("attacker")
+        for name, rows in self._parts.items():
+            if not len(rows):
+                found = f"text without one row of {options.context} tokens for {name}"
+                raise InputError("data", found, "longer texts, or a smaller context")
+        check_disjoint(self._parts)
+        self._pairs = None if options.pairs is None else self._read_pairs(options.pairs)
+
+    def source(self, part: Part) -> Source:
+        """Return where rows of a part come from."""
+        if part == "forget":
+            return Pool(self._parts["adversary"].joined(self._parts["held_out"]))
+        return Pool(self._parts[part])
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """A prompt that says what it is, and one that does not; of text there is only one."""
+        return ("plain", "bare") if self._files else ("plain",)
+
+    def questions(self, template: str = "plain") -> Mapping[str, Questions]:
+        """Return questions of the files, or about text that is held out."""
+        if template not in self.templates:
+            raise InputError("template", repr(template), ", ".join(self.templates))
+        found = {}
+        for topic in ("retained", "restricted"):
+            path = self._files.get(topic)
+            found[topic] = (
+                self._cloze(self._parts[topic], topic) if path is None
+                else self._asked(path, f"data.{topic}_questions", template)
+            )
+        found["attacker"] = self._cloze(self._parts["attacker"], "attacker")
+        return found
+
+    def preferences(self, part: Part) -> Preferences:
+        """Return pairs of answers; of all but two fifths for the defender, by part."""
+        if self._pairs is None:
+            return super().preferences(part)
+        num = len(self._pairs.chosen)
+        first, second, third = (round(share * num) for share in (0.45, 0.6, 0.8))
+        place = {
+            "adversary": slice(first),
+            "held_out": slice(first, second),
+            "forget": slice(second),
+            "attacker": slice(second, third),
+        }.get(part)
+        if place is None:
+            return super().preferences(part)
+        return Preferences(self._pairs.chosen[place], self._pairs.rejected[place])
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all rows."""
+        digest = hashlib.sha256(self.options.model_dump_json().encode())
+        for rows in self._parts.values():
+            digest.update(rows.tokens.numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def _files(self) -> dict[str, str]:
+        given = {
+            "retained": self.options.retained_questions,
+            "restricted": self.options.restricted_questions,
+        }
+        return {topic: path for topic, path in given.items() if path is not None}
+
+    def _read(self, name: str) -> Rows:
+        options = self.options
+        most = None if options.most_kb is None else 1000 * options.most_kb
+        text = read(getattr(options, name), Query(f"data.{name}", most, options.column))
+        tokens = torch.tensor(self._encode(text), dtype=torch.int64)
+        self._check(tokens, f"data.{name}")
+        num = len(tokens) // options.context
+        return Rows.whole(tokens[: num * options.context].view(num, options.context))
+
+    def _check(self, tokens: torch.Tensor, key: str) -> None:
+        if len(tokens) and int(tokens.max()) >= self.vocabulary:
+            found = f"token {int(tokens.max())} for a model of {self.vocabulary}"
+            raise InputError(key, found, "the model's own tokenizer")
+
+    def _cloze(self, rows: Rows, topic: str) -> Questions:
+        """Return questions for the token at some places of each row, among three others.
+
+        The others come from the same text, so that rare tokens do not give an answer away.
+        """
+        rng = generator(0, "cloze", topic)
+        shape = (len(rows), min(_CLOZE, self.context - 1))
+        places = torch.stack(
+            [torch.randperm(self.context - 1, generator=rng)[: shape[1]] for _ in range(len(rows))]
+        )
+        right = rows.tokens.gather(1, places + 1)
+        pool = rows.tokens.flatten()
+        others = pool[torch.randint(0, len(pool), (*shape, 3), generator=rng)]
+        others = torch.where(others == right.unsqueeze(-1), -1, others)
+        return Questions(
+            rows, places, torch.cat([right.unsqueeze(-1), others], -1), torch.zeros_like(places)
+        )
+
+    def _asked(self, path: str, key: str, template: str) -> Questions:
+        texts, answers, widths = [], [], []
+        for record in _records(path, ("question", "choices", "answer"), key):
+            choices, answer = record["choices"], record["answer"]
+            if not (isinstance(choices, list) and 2 <= len(choices) <= len(_LETTERS)):
+                raise InputError(key, f"choices {choices!r}", "a list of 2 to 10")
+            if not (isinstance(answer, int) and 0 <= answer < len(choices)):
+                raise InputError(key, f"answer {answer!r}", f"0 to {len(choices) - 1}")
+            lines = [f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices)]  # noqa: B905
+            head, tail = ("Question: ", "Answer:") if template == "plain" else ("", "")
+            texts.append("\n".join([head + str(record["question"]), *lines, tail]))
+            answers.append(answer)
+            widths.append(len(choices))
+        tokens = [self._encode(text) for text in texts]
+        longest = max(len(text) for text in tokens)
+        if longest > self.context:
+            raise InputError(key, f"a question of {longest} tokens", f"{self.context} at most")
+        letters = torch.tensor([self._encode(f" {letter}")[-1] for letter in _LETTERS])
+        most = max(widths)
+        candidates = letters[:most].expand(len(texts), 1, most).clone()
+        for row, width in enumerate(widths):
+            candidates[row, :, width:] = -1
+        rows = Rows.padded(((text, len(text)) for text in tokens), longest)
+        self._check(rows.tokens.flatten(), key)
+        places = torch.tensor([[len(text) - 1] for text in tokens])
+        return Questions(rows, places, candidates, torch.tensor(answers).unsqueeze(1))
+
+    def _read_pairs(self, path: str) -> Preferences:
+        sides: dict[str, list[tuple[list[int], int]]] = {"chosen": [], "rejected": []}
+        for record in _records(path, ("prompt", "chosen", "rejected"), "data.pairs"):
+            prompt = self._encode(str(record["prompt"]))
+            for side, held in sides.items():
+                held.append((prompt + self._encode(str(record[side])), len(prompt)))
+        if len(sides["chosen"]) < 10:
+            raise InputError("data.pairs", f"{len(sides['chosen'])} pairs", "10 or more")
+        rows = {side: Rows.padded(held, self.context) for side, held in sides.items()}
+        if any((each.counted.sum(1) == 0).any() for each in rows.values()):
+            found = f"a prompt that leaves no room for an answer in {self.context} tokens"
+            raise InputError("data.pairs", found, "a larger data.context")
+        return Preferences(**rows)
+
+
+def _records(path: str, fields: tuple[str, ...], key: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a jsonl file that has some.
+
+    Raises:
+        InputError: no such file, a line that is no object, or one without a field.
+    """
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(key, f"{path} that cannot be read ({error})", "a jsonl file") from error
+    count = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(key, f"line {number} of {path}, no JSON", "jsonl") from error
+        if not isinstance(record, dict) or not set(fields) <= set(record):
+            raise InputError(key, f"line {number} of {path}", f"fields {', '.join(fields)}")
+        count += 1
+        yield record
+    if not count:
+        raise InputError(key, f"{path} without a line", "one or more")
