@@ -5,7 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Schedule = Literal["constant", "warm_up", "cosine"]
+from hansa.safeguard.adversaries import Schedule
+
 Optimizer = Literal["adamw", "adam", "sgd", "adagrad", "adadelta", "adafactor"]
 Grid = Literal["small", "large", "language"]
 UNTOUCHED = "untouched"
@@ -22,11 +23,12 @@ class _Named(_Section):
     """What cells and tables call it, different from all others."""
     roles: tuple[str, ...] = ()
     """The models that it is tried on: ``unprotected``, ``before``, ``safeguarded``, ``never`` or
-    the name of a control; by default all of them."""
+    the name of another control; by default all but the unprotected one, which has nothing to
+    recover."""
 
     def is_for(self, role: str) -> bool:
         """Tell whether it is tried on the model of a role."""
-        return not self.roles or role in self.roles
+        return role in self.roles if self.roles else role != "unprotected"
 
 
 class Attack(_Named):

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hansa.errors import InputError
 from hansa.safeguard.rows import Data, Part, Questions, Rows, Source
-from hansa.seeding import generator
+from hansa.seeding import derive, generator
 
 Table = Literal["retained", "restricted"]
 _BEGIN, _END, _NEUTRAL = 0, 1, 4
@@ -156,6 +156,12 @@ class World(Data):
             "restricted": self._asked("restricted", self.parts["evaluation"], template),
             "attacker": self._asked("restricted", self.parts["attacker"], template),
         }
+
+    def fresh(self) -> tuple[Source, Questions]:
+        """Return new facts about retained entities, as many as an attacker has, and questions."""
+        options = self.options.model_copy(update={"seed": derive(self.options.seed, "fresh")})
+        other, some = World(options), torch.arange(len(self.parts["attacker"]))
+        return _Facts(other, "retained", some), other._asked("retained", some, "plain")
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the options, which everything is drawn from."""
