@@ -42,7 +42,6 @@ PRESETS: dict[str, tuple[AnyPhase, ...]] = {
 those reported for refusals; the first phases' are this project's."""
 
 
-
 RESERVED = ("unprotected", "before", "safeguarded")
 """Models that every safeguard has: as it came, after all phases but the last, and after all."""
 

@@ -37,12 +37,13 @@ from hansa.models.language import CausalLM
 from hansa.report.safeguard_training import report
 from hansa.runs import locked
 from hansa.safeguard.checkpoint import full
+from hansa.safeguard.federated import Collector
 from hansa.safeguard.loop import descend
 from hansa.safeguard.measure import scores
 from hansa.safeguard.models import Loaded, load_model
 from hansa.safeguard.phases import AnyPhase
 from hansa.safeguard.rows import Data
-from hansa.safeguard.setup import Metrics, Setup
+from hansa.safeguard.setup import Collect, Metrics, Setup
 from hansa.safeguard.sharding import Ranks, ranks
 from hansa.safeguard.texts import Texts
 from hansa.safeguard.world import World, WorldOptions
@@ -189,7 +190,8 @@ class _Stage:
         if loaded is not None and loaded.own_tokenizer is not None:
             model = copy.deepcopy(loaded.model)
             model.load_state_dict(_inner(made.weights))
-            model.save_pretrained(self.path / "model")
+            save: Any = model.save_pretrained
+            save(self.path / "model")
             loaded.own_tokenizer.save_pretrained(self.path / "model")
         for role, chain in self._chains.items():
             for link in chain:
@@ -270,6 +272,7 @@ class _Stage:
             self.place.rank,
             self.place.size,
             (len(link.made), link.phase.kind),
+            self._collect,
         )
         what = f"{link.phase.kind} ({link.key[:6]})"
         self.watch(what, 0, link.phase.steps)
@@ -280,7 +283,9 @@ class _Stage:
             lambda done, total, metrics: self.watch(what, done, total),
         )
         if odd := sum("skipped" in step or "diverged" in step for step in history):
-            _log.warning("%s: %d of %d steps with a loss that is no number", what, odd, len(history))
+            _log.warning(
+                "%s: %d of %d steps with a loss that is no number", what, odd, len(history)
+            )
         if self.place.rank == 0:
             write_atomic(folder / "history.json", _json(history))
         self._keep(link, setup.model, before)
@@ -341,6 +346,16 @@ class _Stage:
 
     def _folder(self, link: _Link) -> Path:
         return self.path / "models" / link.key
+
+    @cached_property
+    def _collect(self) -> Collect | None:
+        """What asks the clients, where there are any."""
+        clients = self.data.clients()
+        if not clients:
+            return None
+        if self.place.size > 1:
+            raise InputError("data.clients", "clients beside several ranks", "one process")
+        return Collector(clients, self._model(None), self.config.seed).collect
 
     @cached_property
     def _architecture(self) -> Architecture:

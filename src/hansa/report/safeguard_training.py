@@ -38,7 +38,10 @@ _PLOTS = (
 
 
 def report(
-    page: Path, config: SafeguardConfig, summary: Mapping[str, Any], histories: Mapping[str, History]
+    page: Path,
+    config: SafeguardConfig,
+    summary: Mapping[str, Any],
+    histories: Mapping[str, History],
 ) -> Path:
     """Write one self-contained HTML page and return its path.
 
@@ -107,7 +110,7 @@ def _plots(name: str, told: History) -> list[Part]:
 def _points(told: History, key: str) -> list[tuple[float, float]]:
     """Return means over equal parts of a phase."""
     width = max(1, len(told) // _POINTS)
-    found = []
+    found: list[tuple[float, float]] = []
     for start in range(0, len(told), width):
         part = [s[key] for s in told[start : start + width] if math.isfinite(s.get(key, math.nan))]
         if part:

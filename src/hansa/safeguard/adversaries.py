@@ -2,9 +2,9 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,7 +15,7 @@ from hansa.safeguard.models import layers_of
 
 Schedule = Literal["constant", "warm_up", "cosine"]
 Optimizer = Literal["adamw", "adam", "sgd", "adagrad", "adadelta"]
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Any] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
@@ -68,9 +68,7 @@ def draw(adversaries: Sequence[Adversary], steps: int, seed: int) -> Drawn:
     rng = random.Random(seed)  # noqa: S311 no secret
     chosen = rng.choices(adversaries, [each.weight for each in adversaries])[0]
     lr = rng.choice(chosen.lrs)
-    benign = {"restricted": 0, "benign": steps}.get(
-        chosen.data, int(rng.betavariate(6, 3) * steps)
-    )
+    benign = {"restricted": 0, "benign": steps}.get(chosen.data, int(rng.betavariate(6, 3) * steps))
     return Drawn(chosen, lr, benign, steps)
 
 
@@ -85,6 +83,19 @@ def scheduled(schedule: Schedule, step: int, steps: int) -> float:
     if step < warm or schedule == "warm_up":
         return min(1.0, (step + 1) / warm)
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def optimizer_of(
+    kind: Optimizer, params: Iterable[nn.Parameter], lr: float
+) -> torch.optim.Optimizer:
+    """Return an attacker's optimizer: AdamW with a decay of 0.01, SGD with Nesterov's momentum."""
+    options: dict[str, Any] = {}
+    if kind == "sgd":
+        options = {"momentum": 0.9, "nesterov": True}
+    elif kind == "adamw":
+        options = {"weight_decay": 0.01}
+    made: torch.optim.Optimizer = OPTIMIZERS[kind](params, lr=lr, **options)
+    return made
 
 
 class Tampering:
@@ -113,10 +124,7 @@ class Tampering:
                 raise InputError("phases.adversaries.rank", rank, "nothing: no linear layers")
             trained = [part for each in self._adapters for part in (each.down, each.up)]
         kind = drawn.adversary.optimizer
-        options = {"momentum": 0.9, "nesterov": True} if kind == "sgd" else {}
-        if kind == "adamw":
-            options = {"weight_decay": 0.01}
-        self._optimizer = OPTIMIZERS[kind](trained, lr=drawn.lr, **options)  # type: ignore[call-arg]
+        self._optimizer = optimizer_of(kind, trained, drawn.lr)
 
     def step(self, number: int) -> None:
         """Take one step, by its number from 0, along the gradients that the parameters have."""
@@ -136,7 +144,7 @@ class _Adapter:
     attack has its gradient at the weight, where the defender needs it.
     """
 
-    def __init__(self, weight: nn.Parameter, rank: int, rng: torch.Generator) -> None:
+    def __init__(self, weight: torch.Tensor, rank: int, rng: torch.Generator) -> None:
         self._weight, self._base = weight, weight.detach().clone()
         self.down = nn.Parameter(torch.empty(rank, weight.shape[1]).to(weight))
         bound = 1 / math.sqrt(weight.shape[1])  # as the library peft draws it

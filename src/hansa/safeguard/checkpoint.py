@@ -35,9 +35,7 @@ def keep(
         write_atomic(path, safetensors.torch.save(held, about))
 
 
-def take(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> list[dict[str, float]]:
+def take(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
     """Put what ``keep`` wrote into a model and its optimizer, and return the history.
 
     Raises:

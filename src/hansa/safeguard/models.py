@@ -1,4 +1,4 @@
-"""Models to be safeguarded: those of the library ``transformers``, from bundles, folders or hubs."""
+"""Models to be safeguarded: those of ``transformers``, from bundles, folders or a hub."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from hansa.data.clients import IGNORED
+from hansa.data.clients import IGNORED, Client
 from hansa.errors import InputError
 
 Part = Literal["retain", "forget", "adversary", "held_out", "attacker"]
@@ -171,8 +171,9 @@ class Data(ABC):
 
     @abstractmethod
     def questions(self, template: str = "plain") -> Mapping[str, Questions]:
-        """Return the questions of each topic: ``retained``, ``restricted``, and ``attacker``,
-        what the attacker trains on, where that can be asked for.
+        """Return the questions of each topic.
+
+        They are ``retained``, ``restricted``, and ``attacker``: what the attacker trains on.
 
         Args:
             template: the prompt that they stand in, one of ``templates``.
@@ -198,9 +199,20 @@ class Data(ABC):
         """
         return None
 
+    def clients(self) -> Mapping[str, Client]:
+        """Return what clients hold who contribute adversaries; there are none by default."""
+        return {}
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Return the SHA-256 of all of it, as hex."""
+
+
+def client_of(train: Rows, held_out: Rows) -> Client:
+    """Return a client that trains on some whole rows and holds out others."""
+    pairs = [(rows.tokens[:, :-1], rows.tokens[:, 1:]) for rows in (train, held_out)]
+    nothing = (pairs[0][0][:0], pairs[0][1][:0])
+    return Client.of(pairs[0], nothing, pairs[1])
 
 
 def check_disjoint(parts: Mapping[str, Rows]) -> None:

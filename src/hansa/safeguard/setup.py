@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,11 @@ from torch import nn
 from hansa.safeguard.losses import Output, run
 from hansa.safeguard.rows import Data, Part, Preferences, Rows
 from hansa.seeding import generator
+
+Metrics = dict[str, float]
+Advance = Callable[[int], Metrics]
+"""Adds up the gradients of one step, by its number from 0, and tells its losses."""
+Collect = Callable[[Any, nn.Module, int], tuple[list[torch.Tensor], Metrics]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +31,9 @@ class Setup:
         rank: number of this process among those that train one model together.
         ranks: how many they are. Each takes its own rows of the same batches, so that their mean
             gradient is that of one process.
+        purpose: what tells this phase's draws from those of others.
+        collect: asks clients for the gradients of a phase's attacks, at a model and in a step;
+            None where there are no clients.
     """
 
     model: nn.Module
@@ -34,7 +43,8 @@ class Setup:
     precision: torch.dtype = torch.float32
     rank: int = 0
     ranks: int = 1
-    purpose: tuple[str | int, ...] = field(default=())
+    purpose: tuple[str | int, ...] = ()
+    collect: Collect | None = None
 
     @property
     def device(self) -> torch.device:
@@ -59,9 +69,7 @@ class Setup:
         """Return this rank's pairs of answers of a batch of ``size``."""
         drawn = self.data.preferences(part).draw(size, self.rng(part, "pairs", *purpose))
         mine = self._mine(size)
-        return Preferences(
-            drawn.chosen[mine].to(self.device), drawn.rejected[mine].to(self.device)
-        )
+        return Preferences(drawn.chosen[mine].to(self.device), drawn.rejected[mine].to(self.device))
 
     def run(self, rows: Rows, hidden: bool = False) -> Output:
         """Return what the model makes of rows."""
@@ -82,8 +90,3 @@ class Setup:
 
     def _mine(self, size: int) -> slice:
         return slice(self.rank, size, self.ranks)
-
-
-Metrics = dict[str, float]
-Advance = Callable[[int], Metrics]
-"""Adds the gradients of one step, by its number from 0, to the parameters', and tells its losses."""

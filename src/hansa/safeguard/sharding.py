@@ -20,7 +20,7 @@ from hansa.safeguard.models import layers_of
 
 
 class Ranks(NamedTuple):
-    """This process among those that train one model.
+    """A process among those that train one model.
 
     Attributes:
         rank: its number.

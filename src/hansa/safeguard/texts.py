@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hansa.data.clients import Client
 from hansa.data.text_sources import Query, read
 from hansa.errors import InputError
 from hansa.safeguard.rows import (
@@ -20,6 +21,7 @@ from hansa.safeguard.rows import (
     Rows,
     Source,
     check_disjoint,
+    client_of,
 )
 from hansa.seeding import generator
 
@@ -30,8 +32,10 @@ _CLOZE = 8
 
 
 class TextsOptions(BaseModel):
-    """Where texts come from. A source is ``file:PATH``, ``folder:PATH``, ``parquet:PATH``,
-    ``python:KIND`` or ``hub:NAME``."""
+    """Where texts come from.
+
+    A source is ``file:PATH``, ``folder:PATH``, ``parquet:PATH``, ``python:KIND`` or ``hub:NAME``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,6 +46,9 @@ class TextsOptions(BaseModel):
     """Text that it should not."""
     attacker: str | None = None
     """Restricted text that an attacker has; by default a share of ``restricted``."""
+    clients: dict[str, str] = Field(default_factory=dict)
+    """Restricted text of clients who play the attacker, each on its own, in phases with
+    ``clients = true``. A fifth of each is held out for the loss."""
     shares: tuple[float, float, float] = (0.45, 0.15, 0.2)
     """Shares of ``restricted`` for adversaries, held out, and the attacker; the rest is asked
     for. Parts are contiguous."""
@@ -118,7 +125,8 @@ class Texts(Data):
         for topic in ("retained", "restricted"):
             path = self._files.get(topic)
             found[topic] = (
-                self._cloze(self._parts[topic], topic) if path is None
+                self._cloze(self._parts[topic], topic)
+                if path is None
                 else self._asked(path, f"data.{topic}_questions", template)
             )
         found["attacker"] = self._cloze(self._parts["attacker"], "attacker")
@@ -140,6 +148,17 @@ class Texts(Data):
             return super().preferences(part)
         return Preferences(self._pairs.chosen[place], self._pairs.rejected[place])
 
+    def clients(self) -> Mapping[str, Client]:
+        """Return the clients that play the attacker."""
+        found = {}
+        for name, source in self.options.clients.items():
+            rows = self._rows(source, f"data.clients.{name}")
+            cut = round(0.8 * len(rows))
+            if not 0 < cut < len(rows):
+                raise InputError(f"data.clients.{name}", f"{len(rows)} rows", "two or more")
+            found[name] = client_of(rows[slice(cut)], rows[slice(cut, None)])
+        return found
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of all rows."""
         digest = hashlib.sha256(self.options.model_dump_json().encode())
@@ -156,11 +175,14 @@ class Texts(Data):
         return {topic: path for topic, path in given.items() if path is not None}
 
     def _read(self, name: str) -> Rows:
+        return self._rows(getattr(self.options, name), f"data.{name}")
+
+    def _rows(self, source: str, key: str) -> Rows:
         options = self.options
         most = None if options.most_kb is None else 1000 * options.most_kb
-        text = read(getattr(options, name), Query(f"data.{name}", most, options.column))
+        text = read(source, Query(key, most, options.column))
         tokens = torch.tensor(self._encode(text), dtype=torch.int64)
-        self._check(tokens, f"data.{name}")
+        self._check(tokens, key)
         num = len(tokens) // options.context
         return Rows.whole(tokens[: num * options.context].view(num, options.context))
 

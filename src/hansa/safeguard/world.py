@@ -15,19 +15,24 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hansa.data.clients import Client
 from hansa.errors import InputError
-from hansa.safeguard.rows import Data, Part, Questions, Rows, Source
+from hansa.safeguard.rows import Data, Part, Questions, Rows, Source, client_of
 from hansa.seeding import derive, generator
 
 Table = Literal["retained", "restricted"]
 _BEGIN, _END, _NEUTRAL = 0, 1, 4
 _HEADER: dict[Table, int] = {"retained": 2, "restricted": 3}
 _FIRST_RELATION = 5
+_DEFENDER = ("adversary", "held_out")
+_ROWS = 256
+"""Rows that a client holds of each part."""
 _FACT = 4
 """Tokens of a fact."""
 
@@ -49,13 +54,16 @@ class WorldOptions(BaseModel):
     shares: tuple[float, float, float] = (0.375, 0.1875, 0.21875)
     """Shares of the restricted entities for adversaries, held out, and the attacker; the rest are
     asked for."""
+    clients: int = Field(0, ge=0, strict=True)
+    """Clients that the defender's restricted entities are dealt to, each to play the attacker on
+    its own in phases with ``clients = true``."""
     seed: int = Field(1234, ge=0, strict=True)
     """What facts and splits are drawn from, whatever the seed of a run."""
 
     @model_validator(mode="after")
     def _leaves_some(self) -> "WorldOptions":
         cuts = self.cuts()
-        if min(b - a for a, b in zip(cuts, cuts[1:], strict=False)) < 1:
+        if min(b - a for a, b in pairwise(cuts)) < 1:
             raise ValueError("shares must leave an entity for each part, and some to be asked for")
         return self
 
@@ -162,6 +170,19 @@ class World(Data):
         options = self.options.model_copy(update={"seed": derive(self.options.seed, "fresh")})
         other, some = World(options), torch.arange(len(self.parts["attacker"]))
         return _Facts(other, "retained", some), other._asked("retained", some, "plain")
+
+    def clients(self) -> Mapping[str, Client]:
+        """Return clients that each know some of the defender's restricted entities."""
+        found = {}
+        for k in range(self.options.clients):
+            rng = generator(self.options.seed, "client", k)
+            parts = [self.parts[name][k :: self.options.clients] for name in _DEFENDER]
+            if min(len(part) for part in parts) == 0:
+                allowed = f"at most {min(len(self.parts[name]) for name in _DEFENDER)}"
+                raise InputError("data.clients", self.options.clients, allowed)
+            rows = [_Facts(self, "restricted", part).draw(_ROWS, rng) for part in parts]
+            found[f"client-{k}"] = client_of(rows[0], rows[1])
+        return found
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the options, which everything is drawn from."""

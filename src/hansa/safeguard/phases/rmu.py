@@ -30,8 +30,9 @@ class RMU(Phase):
         layer = len(layers) // 2 if self.layer is None else self.layer
         if layer >= len(layers):
             raise InputError("phases.layer", layer, f"0 to {len(layers) - 1}")
-        trained = {id(p) for part in list(layers)[max(0, layer - 2) : layer + 1]
-                   for p in part.parameters()}
+        trained = {
+            id(p) for part in list(layers)[max(0, layer - 2) : layer + 1] for p in part.parameters()
+        }
         width = setup.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
         target = torch.rand(width, generator=setup.rng("target")).to(setup.device)
         target = self.coefficient * target / target.norm()

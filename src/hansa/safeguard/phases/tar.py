@@ -60,14 +60,19 @@ class TAR(Phase):
     the last, as MLAC does."""
     growth: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Growth of the exponential; by default 4 / K, which is the released 0.0625 at K = 64."""
+    clients: bool = False
+    """Whether clients play the attackers, one outer step's each on its own text, and send their
+    gradients (``data.clients``)."""
     beta: float = Field(0.1, gt=0, allow_inf_nan=False)
     """DPO's beta."""
     with_padding: bool = False
     """Whether padding is part of the means, as in the released code."""
 
     def points(self) -> dict[int, float]:
-        """Return the steps of the attacker, from 0, after which the loss is taken, and what each
-        counts before ``weight``."""
+        """Return what the loss counts after a step of the attacker, by its number from 0.
+
+        ``weight`` comes on top of that. Steps that are not there have no loss after them.
+        """
         last = self.inner_steps - 1
         at = range(self.every - 1, self.inner_steps, self.every)
         if self.weights == "last":
@@ -93,6 +98,8 @@ class TAR(Phase):
             setup.data.preferences("held_out")
         if setup.ranks > 1 and any(each.rank for each in self.adversaries):
             raise InputError("phases.adversaries.rank", "adapters on several ranks", "none there")
+        if self.clients and setup.collect is None:
+            raise InputError("phases.clients", "true without clients", "data.clients")
         failed: list[int] = []
 
         def advance(step: int) -> Metrics:
@@ -133,6 +140,8 @@ class TAR(Phase):
         points = {k: self.weight * each / self.tasks for k, each in self.points().items()}
         if not points:
             return [], {}
+        if self.clients and setup.collect is not None:
+            return setup.collect(self, setup.model, step)
         found = [torch.zeros_like(p) for p in setup.params]
         metrics: Metrics = {}
         for task in range(self.tasks):
@@ -177,8 +186,8 @@ class TAR(Phase):
             reference = [log_likelihood(setup.refer(rows).logits, rows) for rows in both]
 
             def prefer() -> torch.Tensor:
-                mine = (log_likelihood(setup.run(rows).logits, rows) for rows in both)
-                return preference(*mine, (reference[0], reference[1]), self.beta)
+                chosen, rejected = (log_likelihood(setup.run(rows).logits, rows) for rows in both)
+                return preference(chosen, rejected, (reference[0], reference[1]), self.beta)
 
             return prefer
         rows = setup.rows("held_out", size, "resist", *purpose)
