@@ -4,17 +4,18 @@ import errno
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
+from hansa import cli_safeguard
+from hansa.cli_parts import Json
+from hansa.cli_parts import progress as _progress
+from hansa.cli_parts import told as _told
 from hansa.errors import InputError
 
 app = typer.Typer(
@@ -22,8 +23,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -234,6 +233,8 @@ def report(
         print(f"report: {page}")
 
 
+app.command()(cli_safeguard.redteam)
+
 deploy = typer.Typer(rich_markup_mode=None, help="Run a federation on machines of its members.")
 app.add_typer(deploy, name="deploy")
 
@@ -389,32 +390,6 @@ def _fail(line: str, status: int = 2) -> None:
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _progress(unit: str = "round") -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description:<14}"),
-        BarColumn(24),
-        TextColumn(unit + " {task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
-@contextmanager
-def _told(progress: Progress) -> Iterator[None]:
-    """Show what Hansa logs above the progress."""
-    level = logging.INFO if progress.console.is_terminal else logging.WARNING
-    handler = RichHandler(level, progress.console, show_time=False, show_path=False)
-    logger = logging.getLogger("hansa")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _watch(progress: Progress, label: str) -> Any:

@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from hansa.curation.options import CurationOptions
 from hansa.data.federate import DataOptions
-from hansa.data.partition import Partition
 from hansa.data.text import TextOptions
 from hansa.errors import InputError
 from hansa.federation.engines.plan import EngineOptions
@@ -348,7 +347,10 @@ def explain(
         if not isinstance(place, Mapping) and ("[" in str(part) or part == "float"):
             continue
         path.append(str(part))
-        place = place.get(part) if isinstance(place, Mapping) else None
+        if isinstance(place, list | tuple) and isinstance(part, int):
+            place = place[part] if part < len(place) else None
+        else:
+            place = place.get(part) if isinstance(place, Mapping) else None
     key = (prefix + ".".join(path)).rstrip(".")
     if details["type"] == "extra_forbidden":
         names = _fields(model, details["loc"][:-1])
@@ -368,20 +370,25 @@ def explain(
     return InputError(key, repr(details["input"]), allowed)
 
 
-def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+def _models(kind: Any) -> Iterator[type[BaseModel]]:
+    """Yield the sections that a field may hold."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    else:
+        for inner in get_args(kind):
+            yield from _models(inner)
 
 
 def _fields(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:
     """Return the keys that may stand at a place in a configuration."""
+    choices = [model]
     for part in path:
         field = model.model_fields.get(str(part))
         if field is not None:
-            inner = [k for k in (field.annotation, *get_args(field.annotation)) if _is_model(k)]
-            if inner:
-                model = inner[0]
-                continue
-        kinds = get_args(get_args(Partition)[0])
-        model = next((k for k in kinds if k.model_fields["kind"].default == part), model)
+            choices = list(_models(field.annotation)) or choices
+            model = choices[0]
+            continue
+        kinds = {k.model_fields["kind"].default: k for k in choices if "kind" in k.model_fields}
+        model = kinds.get(part, model)
     names = list(model.model_fields)
     return ["name", *names] if issubclass(model, Method) else names

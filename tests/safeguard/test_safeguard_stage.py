@@ -122,7 +122,7 @@ def folder(tmp_path_factory):
     tokenizer.train_from_iterator(["the cat sat on the mat. " * 20], 280, show_progress=False)
     own = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer)
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(own), n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    config = GPT2Config(vocab_size=len(own), n_embd=16, n_layer=2, n_head=2, n_positions=128)
     GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(path)
     own.save_pretrained(path)
     return path

@@ -8,8 +8,8 @@ from tiny_world import WORLD, setup_of, tied, tiny
 
 from hansa.errors import InputError
 from hansa.safeguard.adversaries import Adversary, Drawn, Tampering, draw
-from hansa.safeguard.losses import entropy, next_token, run
 from hansa.safeguard.loop import descend
+from hansa.safeguard.losses import entropy, next_token, run
 from hansa.safeguard.models import merged as merged_model
 from hansa.safeguard.phases.base import retain
 from hansa.safeguard.phases.tar import TAR
@@ -247,7 +247,9 @@ def test_a_defender_never_sees_what_is_asked_for(tiny_model, monkeypatch):
         return found
 
     monkeypatch.setattr(Setup, "rows", rows)
-    descend(small(steps=6, adversaries=(Adversary(data="switch", lrs=(1e-3,)),)), setup_of(tiny_model))
+    descend(
+        small(steps=6, adversaries=(Adversary(data="switch", lrs=(1e-3,)),)), setup_of(tiny_model)
+    )
     assert {part for part, _ in seen} == {"retain", "adversary", "held_out"}
     first = WORLD._first_entity + WORLD.options.entities
     allowed = {name: {int(e) + first for e in part} for name, part in WORLD.parts.items()}

@@ -24,6 +24,12 @@ def table(
     rows: Sequence[Sequence[object]],
     note: str = "",
     folded: bool = False,
+    words: bool = False,
 ) -> Part:
-    """Return a table whose first column names its rows; a folded one is opened by a click."""
-    return {"title": title, "columns": columns, "rows": rows, "note": note, "folded": folded}
+    """Return a table whose first column names its rows.
+
+    A folded one is opened by a click; the cells of one of words are sentences, and their lines
+    may break.
+    """
+    shown = {"title": title, "columns": columns, "rows": rows, "note": note, "folded": folded}
+    return {**shown, "words": words}

@@ -28,6 +28,8 @@ MAX_NUMBERED = 16
 
 Points = Sequence[tuple[float, float]]
 Series = Mapping[str, Points]
+Band = Sequence[tuple[float, float, float, float]]
+"""Points (x, y) with the least and the most that y was."""
 
 
 def lines(
@@ -114,6 +116,47 @@ def moments(
         _legend(axes, handles)
     _logarithmic(rows[0], drawn)
     return _written(figure, title)
+
+
+def curves(series: Mapping[str, Band], *, title: str, x: str, y: str) -> str:
+    """Return one line per series over points above 0 on a logarithmic axis, shares up, shaded."""
+    figure, axes = _figure(title, x, y)
+    for k, (name, points) in enumerate(series.items()):
+        xs, means, least, most = zip(*points, strict=True)
+        colour = COLOURS[k % len(COLOURS)]
+        axes.plot(
+            xs,
+            means,
+            label=textwrap.fill(name, 28),
+            color=colour,
+            linestyle=DASHES[k % len(DASHES)],
+            marker=MARKERS[k % len(MARKERS)],
+            markersize=4,
+        )
+        axes.fill_between(xs, least, most, color=colour, alpha=0.15, linewidth=0)
+    _logarithmic(axes, [point[0] for points in series.values() for point in points], along_x=True)
+    _format(axes, percent=True, bytes_=False)
+    return _svg(figure, axes)
+
+
+def scatter(series: Series, *, title: str, x: str, y: str) -> str:
+    """Return one kind of points per series, both of their axes shares between 0 and 1."""
+    figure, axes = _figure(title, x, y)
+    for k, (name, points) in enumerate(series.items()):
+        axes.plot(
+            [point[0] for point in points],
+            [point[1] for point in points],
+            label=textwrap.fill(name, 28),
+            linestyle="",
+            marker=MARKERS[k % len(MARKERS)],
+            color=COLOURS[k % len(COLOURS)],
+            alpha=0.7,
+            markersize=5,
+        )
+    _format(axes, percent=True, bytes_=False)
+    axes.set_xlim(-0.03, 1.03)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    return _svg(figure, axes)
 
 
 def dots(values: Mapping[str, Mapping[str, float]], *, title: str, x: str, y: str) -> str:

@@ -196,6 +196,13 @@ class Data(ABC):
         """Return what clients hold who contribute adversaries; there are none by default."""
         return {}
 
+    def fresh(self) -> "tuple[Source, Questions] | None":
+        """Return a harmless task that no model has seen, with its questions, where one can be made.
+
+        A model that is of use can still be fine-tuned to it.
+        """
+        return None
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Return the SHA-256 of all of it, as hex."""

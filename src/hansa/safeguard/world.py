@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from hansa.data.clients import Client
 from hansa.errors import InputError
 from hansa.safeguard.rows import Data, Part, Questions, Rows, Source, client_of
-from hansa.seeding import generator
+from hansa.seeding import derive, generator
 
 Table = Literal["retained", "restricted"]
 _BEGIN, _END, _NEUTRAL = 0, 1, 4
@@ -177,6 +177,12 @@ class World(Data):
             rows = [_Facts(self, "restricted", part).draw(_ROWS, rng) for part in parts]
             found[f"client-{k}"] = client_of(rows[0], rows[1])
         return found
+
+    def fresh(self) -> tuple[Source, Questions]:
+        """Return new facts about retained entities, as many as an attacker has, and questions."""
+        options = self.options.model_copy(update={"seed": derive(self.options.seed, "fresh")})
+        other, some = World(options), torch.arange(len(self.parts["attacker"]))
+        return _Facts(other, "retained", some), other._asked("retained", some, "plain")
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the options, which everything is drawn from."""

@@ -1,0 +1,305 @@
+"""The red-team stage: attack a safeguard and its controls, and say what that cost the attacker.
+
+Cells are done once: the same command goes on where an earlier one stopped, and does what is new
+after a change of the configuration.
+
+``cells/``
+    one file for each attack, rate, seed and model, with all that was measured on the way.
+``scorecard.json``, ``scorecard.md``, ``report.html``
+    what they say, for programs and for people.
+``harness-KEY.json``
+    benchmarks of a model of real text, where some were asked for.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hansa import bundle
+from hansa.bundle import CARD, Bundle, read_bundle
+from hansa.errors import InputError, first_line
+from hansa.files import write_atomic
+from hansa.report.safeguard import report
+from hansa.runs import locked
+from hansa.safeguard import harness
+from hansa.safeguard.attack_grids import attacks_of, edits_of
+from hansa.safeguard.attacks import Probe
+from hansa.safeguard.grid import Bench, cells_of, check_parts, run
+from hansa.safeguard.models import Loaded, load_model
+from hansa.safeguard.redteam_options import Attack, Edit
+from hansa.safeguard.rows import Data
+from hansa.safeguard.scorecard import Facts, scorecard
+from hansa.safeguard.scorecard_text import CLAIM, markdown
+from hansa.safeguard_config import SafeguardConfig, load
+from hansa.safeguarding import open_data
+
+Watch = Callable[[str, int, int], None]
+_KNOWN = ("unprotected", "before", "safeguarded", "never")
+_TOLD = (
+    "threat", "flags", "chance", "floor", "recovery", "recovery_of_use", "half", "half_of_use",
+    "retained", "cost_in_steps",
+)  # fmt: skip
+"""What of a scorecard stands in a bundle's card."""
+
+
+@dataclass(frozen=True)
+class Redteamed:
+    """What the stage made.
+
+    Attributes:
+        path: its folder.
+        scorecard: what attacks did, as JSON values.
+        report: the page about it.
+        bundle: folder of the bundle whose card holds the scorecard, where one was asked for.
+    """
+
+    path: Path
+    scorecard: dict[str, Any]
+    report: Path
+    bundle: Path | None = None
+
+
+def redteam(
+    source: str | Path | Mapping[str, Any],
+    *,
+    overrides: Iterable[str] = (),
+    out: str | Path | None = None,
+    join: bool = False,
+    watch: Watch | None = None,
+) -> Redteamed:
+    """Attack all models that ``safeguard`` made of a configuration, or one bundle.
+
+    Args:
+        source: the configuration, or the folder of a bundle, of whose card the configuration is
+            taken; alone it has no controls, and its scorecard says so.
+        overrides: ``key=value`` with dotted keys, such as ``redteam.processes=2``.
+        out: the folder to make or to go on in; by default ``redteam`` in the run's folder, and
+            ``redteam-NAME`` beside a bundle.
+        join: whether to write the bundle again, its card with the scorecard, beside it.
+        watch: called with what was done, how much of it is done, and of how much.
+
+    Raises:
+        InputError: input that cannot be used.
+    """
+    config = load(source, overrides)
+    models = _models(source, config)
+    stage = _Stage(config, models)
+    path = Path(out) if out is not None else models.place
+    _check_folder(path)
+    with locked(path):
+        card = stage.run(path, watch)
+        write_atomic(path / "config.toml", config.as_toml())
+        write_atomic(path / "scorecard.json", json.dumps(card, indent=2) + "\n")
+        write_atomic(path / "scorecard.md", markdown(card))
+        page = report(path / "report.html", card, config.as_toml())
+        joined = with_scorecard(models.paths["safeguarded"], card) if join else None
+    return Redteamed(path, card, page, joined)
+
+
+def with_scorecard(path: str | Path, card: Mapping[str, Any]) -> Path:
+    """Write a bundle again, with a scorecard in its card, beside it as ``NAME-redteam``.
+
+    Args:
+        path: folder of the bundle, which becomes the new one's parent.
+        card: its scorecard.
+
+    Raises:
+        InputError: a scorecard of another bundle, or no place to write.
+    """
+    parent = read_bundle(path)
+    if card.get("bundle") != parent.digest:
+        found = f"the scorecard of {str(card.get('bundle'))[:16]}"
+        raise InputError(str(path), found, f"that of {parent.digest[:16]}")
+    beside = Path(path).resolve().with_name(f"{Path(path).resolve().name}-redteam")
+    bundle.write(
+        beside,
+        stage="redteam",
+        weights=parent.weights,
+        architecture=parent.architecture,
+        config=parent.card["config"],
+        seed=parent.card["seed"],
+        data=parent.card["data"],
+        metrics={"claim": CLAIM, **{key: card[key] for key in _TOLD}},
+        masks=parent.masks,
+        kept=parent.kept,
+        parent=parent,
+        tokenizer=parent.tokenizer,
+    )
+    return beside
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The models that are attacked, by role, and where results go."""
+
+    paths: dict[str, Path]
+    cost: dict[str, float]
+    place: Path
+
+
+class _Stage:
+    """What is attacked, with what, by which attacks; all of it checked before any work."""
+
+    def __init__(self, config: SafeguardConfig, models: _Models) -> None:
+        self.config, self.options, self.models = config, config.redteam, models
+        bundles = {role: read_bundle(path) for role, path in models.paths.items()}
+        self.roles = {role: found.digest for role, found in bundles.items()}
+        self.loaded = _with_tokenizer(config, models.paths["safeguarded"])
+        self.data = open_data(config, self.loaded)
+        _check_bundles(bundles, self.data)
+        check_parts(self.data)
+        self.chance = Probe(self.data, self.options.templates).chance
+        try:
+            torch.zeros(1, device=self.options.device)
+        except (RuntimeError, AssertionError) as error:
+            found = f"{self.options.device!r} ({first_line(error)})"
+            raise InputError("redteam.device", found, "cpu, cuda, ...") from error
+        if self.options.harness is not None:
+            harness.check(self.loaded)
+        self.notes: list[str] = []
+        self.attacks, self.edits = self._attacks(), self._edits()
+        self.cells = cells_of(self.roles, self.attacks, self.edits, self.options.seeds)
+
+    def run(self, path: Path, watch: Watch | None) -> dict[str, Any]:
+        """Do what is not done yet, and return the scorecard."""
+        options, paths = self.options, self.models.paths
+        bench = Bench(
+            self.data,
+            {digest: str(paths[role]) for role, digest in self.roles.items()},
+            options.probes,
+            options.templates,
+            options.device,
+            self.roles.get("unprotected"),
+        )
+        every = [cell for mine in self.cells.values() for cell in mine]
+        found = run(every, bench, path / "cells", options.processes, watch)
+        facts = Facts(
+            name=self.config.name,
+            roles=self.roles,
+            chance=self.chance,
+            tokens=self.data.context,
+            floor=options.floor,
+            seed=self.config.seed,
+            data=self.data.fingerprint(),
+            cost_in_steps=self.models.cost,
+            harness=self._benchmarks(path),
+            notes=self.notes,
+        )
+        return scorecard(
+            {role: [found[cell] for cell in mine] for role, mine in self.cells.items()}, facts
+        )
+
+    def _attacks(self) -> list[Attack]:
+        chosen = attacks_of(self.options)
+        self._check_roles(chosen)
+        if self.data.fresh() is not None:
+            return chosen
+        left = [spec for spec in chosen if spec.data != "fresh"]
+        if len(left) < len(chosen):
+            if self.options.attacks is not None:
+                found = "'fresh', which these data do not have"
+                raise InputError("redteam.attacks.data", found, "benign")
+            self.notes.append("fresh: these data have no task that the model has not seen")
+        return left
+
+    def _edits(self) -> list[Edit]:
+        chosen = edits_of(self.options)
+        self._check_roles(chosen)
+        if "unprotected" not in self.roles and any(how.kind == "merge" for how in chosen):
+            self.notes.append("merge: there is no unprotected model to mix with")
+        return chosen
+
+    def _check_roles(self, hows: Sequence[Attack | Edit]) -> None:
+        known = list(dict.fromkeys([*_KNOWN, *self.roles]))
+        for how in hows:
+            if odd := [role for role in how.roles if role not in known]:
+                found = f"{odd[0]!r} as a role of {how.name}"
+                raise InputError("redteam.attacks.roles", found, ", ".join(known))
+
+    def _benchmarks(self, path: Path) -> dict[str, Any]:
+        options = self.options.harness
+        if options is None:
+            return {}
+        found = {}
+        for role, digest in self.roles.items():
+            about = json.dumps([digest, options.model_dump(mode="json")], sort_keys=True)
+            file = path / f"harness-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+            if not file.exists():
+                model = load_model(str(self.models.paths[role]), self.data.context).model
+                told = harness.evaluate(options, model, self.loaded, self.options.device)
+                write_atomic(file, json.dumps(told, indent=2) + "\n")
+            found[role] = json.loads(file.read_text())
+        return found
+
+
+def _models(source: str | Path | Mapping[str, Any], config: SafeguardConfig) -> _Models:
+    """Return where the models are.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not isinstance(source, Mapping) and (Path(source) / CARD).is_file():
+        path = Path(source)
+        name = path.resolve().name
+        return _Models({"safeguarded": path}, {}, path.resolve().with_name(f"redteam-{name}"))
+    file = config.folder / "models.json"
+    try:
+        told = json.loads(file.read_text())
+        paths = {str(role): config.folder / path for role, path in told["roles"].items()}
+        cost = {str(role): float(steps) for role, steps in told["cost_in_steps"].items()}
+        if "safeguarded" not in paths:
+            raise KeyError("safeguarded")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = f"no models of a safeguard ({type(error).__name__})"
+        raise InputError(str(file), found, "what hansa safeguard CONFIG makes") from error
+    return _Models(paths, cost, config.folder / "redteam")
+
+
+def _with_tokenizer(config: SafeguardConfig, path: Path) -> Loaded:
+    """Return the safeguarded model, with the tokenizer of the one that it was made of."""
+    context = getattr(config.data, "context", 0)
+    loaded = load_model(str(path), context)
+    if loaded.tokenizer or config.model.path is None:
+        return loaded
+    start = load_model(config.model.path, context)
+    return Loaded(
+        loaded.model, loaded.architecture, start.tokenizer, start.own_tokenizer, loaded.parent
+    )
+
+
+def _check_bundles(bundles: Mapping[str, Bundle], data: Data) -> None:
+    """Refuse models of other data or other tokens than those that are asked for.
+
+    Raises:
+        InputError: naming the role.
+    """
+    for role, found in bundles.items():
+        classes = found.architecture["classes"]
+        if classes != data.vocabulary:
+            tokens = f"{classes} tokens of {role}"
+            raise InputError("data", tokens, f"{data.vocabulary}, as the data have")
+        if found.card["data"] != data.fingerprint():
+            other = f"other data than {role} was made with"
+            raise InputError(
+                "data", other, "the same, of which nobody was trained on what is asked"
+            )
+
+
+def _check_folder(path: Path) -> None:
+    """Make the folder of a red team, unless something else lies there.
+
+    Raises:
+        InputError: something does.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(str(path), f"no folder ({error.strerror})", "a folder to make") from error
+    held = sorted(entry.name for entry in path.iterdir() if entry.name != ".lock")
+    if held and not (path / "cells").is_dir():
+        raise InputError("--out", f"{path} with {held[0]} in it", "a new folder, or a red team's")
