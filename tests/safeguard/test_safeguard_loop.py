@@ -40,7 +40,7 @@ PHASES = [
 ]
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """What ends a run at any moment."""
 
 
@@ -53,9 +53,9 @@ def test_an_interrupted_phase_ends_bit_for_bit_as_another(phase, tmp_path):
 
     def watch(done, total, metrics):
         if done == 4:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         descend(phase, setup_of(broken), path, watch, every=0.0)
     assert path.exists()
     again = copy.deepcopy(start)  # a new process has the phase's first model
@@ -69,9 +69,9 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
 
     def watch(done, total, metrics):
-        raise Killed
+        raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         descend(SMALL_TAR, setup_of(tiny()), path, watch, every=0.0)
     with pytest.raises(InputError, match="another model's checkpoint"):
         descend(SMALL_TAR, setup_of(tiny(hidden_size=8)), path)
@@ -192,7 +192,7 @@ def test_tied_embeddings_are_trained_once():
 def test_a_loss_that_is_no_number_is_refused(tiny_model):
     with torch.no_grad():
         tiny_model.lm_head.weight.fill_(torch.nan)
-    with pytest.raises(InputError, match="phases.lr.*no number"):
+    with pytest.raises(InputError, match=r"phases\.lr.*no number"):
         descend(RandomMapping(**SMALL), setup_of(tiny_model))
 
 
@@ -239,7 +239,7 @@ def test_rmu_trains_three_layers_and_no_more(tiny_model):
         if not torch.equal(a, b)
     }
     assert moved == {"1", "2", "3"}
-    with pytest.raises(InputError, match="phases.layer.*5"):
+    with pytest.raises(InputError, match=r"phases\.layer.*5"):
         descend(RMU(**SMALL, layer=5), setup_of(model))
 
 

@@ -157,7 +157,7 @@ def test_a_model_of_transformers_is_safeguarded_with_its_tokenizer(tmp_path, fol
     model = AutoModelForCausalLM.from_pretrained(made.path / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(made.path / "model")
     ids = torch.tensor([tokenizer("the cat sat")["input_ids"]])
-    ours = restore(made.bundle)(ids)
+    ours = restore(made.bundle).eval()(ids)
     torch.testing.assert_close(model(ids).logits, ours, rtol=1e-4, atol=1e-5)
     assert model.lm_head.weight is model.transformer.wte.weight
     original = load_model(str(folder), 16).model
@@ -209,8 +209,10 @@ def test_wrong_input_is_refused_by_name(tmp_path, change, message):
 
 def test_texts_that_do_not_do_are_refused(tmp_path, folder):
     values = texts(tmp_path, folder)
-    short = {**values["data"], "context": 4096}
-    with pytest.raises(InputError, match="one row of 4096 tokens"):
+    with pytest.raises(InputError, match=r"data\.context: found 4096; allowed: 128 at most"):
+        safeguard({**values, "data": {**values["data"], "context": 4096}})
+    short = {**values["data"], "most_kb": 1, "shares": [0.01, 0.9, 0.05]}
+    with pytest.raises(InputError, match="one row of 16 tokens for adversary"):
         safeguard({**values, "data": short})
     same = {**values["data"], "restricted": values["data"]["retain"]}
     with pytest.raises(InputError, match="share"):
@@ -219,7 +221,7 @@ def test_texts_that_do_not_do_are_refused(tmp_path, folder):
         safeguard({**values, "data": {**values["data"], "pairs": "/nowhere.jsonl"}})
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"question": "a"}\n')
-    with pytest.raises(InputError, match="line 1 of .*question, choices, answer"):
+    with pytest.raises(InputError, match=r"line 1 of .*question, choices, answer"):
         safeguard({**values, "data": {**values["data"], "restricted_questions": str(broken)}})
 
 
