@@ -197,7 +197,7 @@ def test_an_attack_that_diverges_is_left_out_and_told(tiny_model):
 
 def test_attacks_that_all_diverge_are_refused(tiny_model):
     wild = small(steps=40, adversaries=(Adversary(lrs=(1e30,)),))
-    with pytest.raises(InputError, match="adversaries.lrs.*first 20 steps diverged"):
+    with pytest.raises(InputError, match=r"adversaries\.lrs.*first 20 steps diverged"):
         descend(wild, setup_of(tiny_model))
 
 
