@@ -233,6 +233,7 @@ def report(
         print(f"report: {page}")
 
 
+app.command()(cli_safeguard.safeguard)
 app.command()(cli_safeguard.redteam)
 
 deploy = typer.Typer(rich_markup_mode=None, help="Run a federation on machines of its members.")

@@ -11,6 +11,44 @@ from rich.table import Table
 from hansa.cli_parts import Json, progress, told
 
 
+def safeguard(
+    config: Annotated[Path, typer.Argument(help="Configuration in TOML, with phases.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: seed=1")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to make, or to go on in.")] = None,
+    json_: Json = False,
+) -> None:
+    """Put a safeguard into a language model, and make the models it is compared with.
+
+    Models that are done are kept: the same command goes on, and after a change repeats what it
+    concerns. Under torchrun or accelerate launch all processes train one model.
+    """
+    from hansa.safeguarding import safeguard as run_safeguard
+
+    with progress("step") as shown, told(shown):
+        tasks: dict[str, Any] = {}
+
+        def watch(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total, note="")
+            shown.update(tasks[what], completed=done)
+
+        made = run_safeguard(config, overrides=set_ or (), out=out, watch=watch)
+    places = {"bundle": str(made.path / "bundle"), "report": str(made.report)}
+    if json_:
+        print(json.dumps({**made.summary, **places}))
+        return
+    table = Table(caption="share of questions answered right, before any attack")
+    for name in ("model", "retained", "restricted", "plain steps"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for role, told_ in made.summary["scores"].items():
+        cells = [f"{100 * told_[topic]['choice']:.1f} %" for topic in ("retained", "restricted")]
+        table.add_row(role, *cells, f"{made.summary['cost_in_steps'][role]:,.0f}")
+    Console().print(table)
+    for name, place in places.items():
+        print(f"{name}: {place}")
+    print(f"what it takes to remove it: hansa redteam {config}")
+
+
 def redteam(
     source: Annotated[Path, typer.Argument(help="Configuration in TOML, or folder of a bundle.")],
     processes: Annotated[int | None, typer.Option(help="Attacks at the same time.")] = None,

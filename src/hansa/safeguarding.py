@@ -384,9 +384,14 @@ def _key(value: object) -> str:
 def _check_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise InputError("--out", f"{path}, which is no folder", "a folder")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.toml").is_file():
-        raise InputError("--out", f"{path}, a folder of something else", "a new folder")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(str(path), f"no folder ({error.strerror})", "a folder to make") from error
+    own = {".lock", "config.toml", ".config.toml.tmp"}
+    odd = sorted({entry.name for entry in path.iterdir()} - own)
+    if odd and not (path / "config.toml").is_file():
+        raise InputError("--out", f"{path} with {odd[0]} in it", "a new folder")
 
 
 def _json(value: object) -> str:

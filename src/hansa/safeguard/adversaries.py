@@ -116,12 +116,12 @@ class Tampering:
         trained = [p for p in model.parameters() if p.requires_grad]
         if rank := drawn.adversary.rank:
             self._adapters = [
-                _Adapter(layer.weight, rank, rng)
-                for layer in layers_of(model).modules()
-                if isinstance(layer, nn.Linear) and layer.weight.requires_grad
+                _Adapter(parameter, rank, rng)
+                for name, parameter in layers_of(model).named_parameters()
+                if parameter.requires_grad and parameter.dim() == 2 and name.endswith("weight")
             ]
             if not self._adapters:
-                raise InputError("phases.adversaries.rank", rank, "nothing: no linear layers")
+                raise InputError("phases.adversaries.rank", rank, "a model with linear layers")
             trained = [part for each in self._adapters for part in (each.down, each.up)]
         kind = drawn.adversary.optimizer
         self._optimizer = optimizer_of(kind, trained, drawn.lr)

@@ -46,7 +46,7 @@ def load_model(path: str, context: int) -> Loaded:
         context: most tokens of a row, which a model from elsewhere is described by.
 
     Raises:
-        InputError: no causal model there.
+        InputError: no causal model there, or one of a smaller context.
     """
     if (Path(path) / CARD).is_file():
         bundle = read_bundle(path)
@@ -67,6 +67,9 @@ def load_model(path: str, context: int) -> Loaded:
             f"{path!r} without a causal model and its tokenizer ({first_line(error)})",
             "a bundle, a folder of transformers, or a name on the hub",
         ) from error
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and context > most:
+        raise InputError("data.context", context, f"{most} at most with this model")
     model.config.use_cache = False
     if tokenizer.pad_token is None:  # batches here are padded by a mask; other tools want a token
         tokenizer.pad_token = tokenizer.eos_token

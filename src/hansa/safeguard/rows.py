@@ -192,16 +192,16 @@ class Data(ABC):
         """
         raise InputError("data", "no pairs of answers", "data.pairs, to train refusals by")
 
+    def clients(self) -> Mapping[str, Client]:
+        """Return what clients hold who contribute adversaries; there are none by default."""
+        return {}
+
     def fresh(self) -> "tuple[Source, Questions] | None":
         """Return a harmless task that no model has seen, with its questions, where one can be made.
 
         A model that is of use can still be fine-tuned to it.
         """
         return None
-
-    def clients(self) -> Mapping[str, Client]:
-        """Return what clients hold who contribute adversaries; there are none by default."""
-        return {}
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -165,12 +165,6 @@ class World(Data):
             "attacker": self._asked("restricted", self.parts["attacker"], template),
         }
 
-    def fresh(self) -> tuple[Source, Questions]:
-        """Return new facts about retained entities, as many as an attacker has, and questions."""
-        options = self.options.model_copy(update={"seed": derive(self.options.seed, "fresh")})
-        other, some = World(options), torch.arange(len(self.parts["attacker"]))
-        return _Facts(other, "retained", some), other._asked("retained", some, "plain")
-
     def clients(self) -> Mapping[str, Client]:
         """Return clients that each know some of the defender's restricted entities."""
         found = {}
@@ -183,6 +177,12 @@ class World(Data):
             rows = [_Facts(self, "restricted", part).draw(_ROWS, rng) for part in parts]
             found[f"client-{k}"] = client_of(rows[0], rows[1])
         return found
+
+    def fresh(self) -> tuple[Source, Questions]:
+        """Return new facts about retained entities, as many as an attacker has, and questions."""
+        options = self.options.model_copy(update={"seed": derive(self.options.seed, "fresh")})
+        other, some = World(options), torch.arange(len(self.parts["attacker"]))
+        return _Facts(other, "retained", some), other._asked("retained", some, "plain")
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the options, which everything is drawn from."""
