@@ -36,6 +36,8 @@ from .federation.server import ServerOptimizer as ServerOptimizer
 from .federation.tree import Tree as Tree
 from .prune import PrunedModel as PrunedModel
 from .prune import prune as prune
+from .redteam import Redteamed as Redteamed
+from .redteam import redteam as redteam
 from .report.comparison import Comparison as Comparison
 from .runs import Run as Run
 from .sparse.convert import SparseModel as SparseModel

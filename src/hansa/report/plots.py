@@ -134,7 +134,9 @@ def curves(series: Mapping[str, Band], *, title: str, x: str, y: str) -> str:
             markersize=4,
         )
         axes.fill_between(xs, least, most, color=colour, alpha=0.15, linewidth=0)
-    _logarithmic(axes, [point[0] for points in series.values() for point in points], along_x=True)
+    places = sorted({point[0] for points in series.values() for point in points})
+    _logarithmic(axes, places, along_x=True)
+    axes.set_xticks(places)
     _format(axes, percent=True, bytes_=False)
     return _svg(figure, axes)
 
