@@ -80,17 +80,27 @@ def write(path: Path, world: World, model: nn.Module) -> bundle.Bundle:
     )
 
 
-def folder(output: Path) -> Path:
-    """Write models of all roles below ``output`` and return their folder."""
-    world = World(WORLD)
+def trained(world: World) -> dict[str, nn.Module]:
+    """Return a model of each role that has learned what its role says."""
     with one_thread():
         known = taught(world)
-        models = {
+        return {
             "unprotected": known,
             "before": guarded(world, known, 15),
             "safeguarded": guarded(world, known, 30),
             "never": built(world, 1),
         }
+
+
+def folder(output: Path, models: dict[str, nn.Module] | None = None) -> Path:
+    """Write models of all roles below ``output`` and return their folder.
+
+    By default they have learned nothing, which takes no time.
+    """
+    world = World(WORLD)
+    if models is None:
+        roles = ("unprotected", "before", "safeguarded", "never")
+        models = {role: built(world, seed) for seed, role in enumerate(roles)}
     made = output / "small-seed0-safeguard"
     places = {role: f"models/{role}/bundle" for role in models}
     places["safeguarded"] = "bundle"

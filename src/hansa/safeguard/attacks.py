@@ -164,7 +164,8 @@ def _optimizer(spec: Attack, params: list[nn.Parameter], lr: float) -> torch.opt
         return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True)
     if spec.optimizer == "adafactor":
         return torch.optim.Adafactor(params, lr=lr)
-    return OPTIMIZERS[spec.optimizer](params, lr=lr)  # type: ignore[call-arg]
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[spec.optimizer](params, lr=lr)
+    return optimizer
 
 
 def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
