@@ -48,7 +48,6 @@ STEPS = (10, 25, 50, 100, 200, 400)
 LOW, HIGH = [3e-4, 1e-3], [3e-4, 1e-3, 3e-3]
 PRETRAIN = {"kind": "pretrain", "steps": 900}
 MAPPING = {"kind": "random_mapping", "steps": 150, "lr": 1e-3, "warm_up": 15}
-DISTIL = {"kind": "noise_distil", "noise": 0.4, "steps": 400}
 QUICK = ("same_compute",)
 
 
@@ -82,23 +81,22 @@ CONTROLS: dict[str, dict[str, Any]] = {
     # As many plain steps as TAR with K = 16 takes: 100 x 13.3 of 2.33 each.
     "same_compute": {"after": 2, "phases": [entropy(571)]},
     "never": {"phases": [{**PRETRAIN, "tables": ["retained"]}]},
-    "repnoise": {
-        "after": 2,
-        "phases": [{"kind": "repnoise", "steps": 571, "lr": 5e-4, "warm_up": 20}],
-    },
     "tar_k4": {"after": 2, "phases": [tar(inner_steps=4)]},
     "tar_k16": {"after": 2, "phases": [tar()]},
-    "tar_k32": {"after": 2, "phases": [tar(inner_steps=32)]},
-    "tar_k16_300": {"after": 2, "phases": [tar(steps=300)]},
-    "tar_normalised": {"after": 2, "phases": [tar(HIGH, weights="normalised", weight=8.0)]},
-    "tar_lora": {"after": 2, "phases": [tar(adversaries=LORA)]},
-    "tar_no_phase_1": {"after": 1, "phases": [tar(HIGH)]},
+    "noise_distil": {
+        "after": 2,
+        "phases": [{"kind": "noise_distil", "noise": 0.4, "steps": 400}],
+    },
     "mlac": {
         "after": 2,
         "phases": [tar(HIGH, loss="cross_entropy", weights="last", weight=1.0)],
     },
-    "noise_distil": {"after": 2, "phases": [DISTIL]},
-    "noise_distil_tar": {"after": 2, "phases": [DISTIL, tar(HIGH, steps=50)]},
+    "repnoise": {
+        "after": 2,
+        "phases": [{"kind": "repnoise", "steps": 571, "lr": 5e-4, "warm_up": 20}],
+    },
+    "tar_lora": {"after": 2, "phases": [tar(adversaries=LORA)]},
+    "tar_k16_300": {"after": 2, "phases": [tar(steps=300)]},
 }
 NAMES = {"before": "phase1", "same_compute": "control", "safeguarded": "tar"}
 
