@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 KERNELS := src/hansa/sparse/kernels.cpp src/hansa/sparse/build.py
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test acceptance lint bench clean
 
 .venv/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hansa needs Python 3.11 or later; set PYTHON=")'
@@ -24,6 +24,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# Claims about learning that take minutes of training.
+acceptance: setup
+	$(BIN)/python -m pytest -m acceptance
+
 lint: setup
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
@@ -37,6 +41,7 @@ bench: setup
 	$(BIN)/python benchmarks/sparse_training.py --quick --threads 1
 	$(BIN)/python benchmarks/worldlm.py --quick
 	$(BIN)/python benchmarks/curation.py --quick
+	$(BIN)/python benchmarks/safeguard.py --quick
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,8 +2,10 @@
 
 import re
 import shutil
+import tomllib
 from ast import literal_eval
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -15,10 +17,14 @@ from hansa.federation.methods import METHODS
 from hansa.federation.methods.official import QUIRKS
 from hansa.pruning import SCORERS
 from hansa.pruning.options import PruningOptions
+from hansa.safeguard.phases import AnyPhase
+from hansa.safeguard_config import PRESETS
+from hansa.safeguard_config import load as load_safeguard
 from hansa.training import train
 from support import in_turn
 
 ROOT = Path(__file__).parents[1]
+PHASES = get_args(get_args(AnyPhase)[0])
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -125,3 +131,17 @@ def test_every_method_its_options_and_quirks_are_documented() -> None:
     assert all(f"| `{quirk}` |" in text for quirk in QUIRKS)
     options = {key for kind in METHODS.values() for key in kind.model_fields}
     assert not [key for key in options if f"`{key}`" not in text and f"`{key} =" not in text]
+
+
+def test_the_guide_to_safeguards_names_what_there_is() -> None:
+    text = (ROOT / "docs" / "safeguard.md").read_text()
+    named = set(re.findall(r"^\| `([a-z_]+)` \|", text, re.MULTILINE))
+    assert named == {get_args(kind.model_fields["kind"].annotation)[0] for kind in PHASES}
+    configuration, clients = blocks(ROOT / "docs" / "safeguard.md", "toml")
+    values = tomllib.loads(configuration)
+    config = load_safeguard(values)
+    assert [phase.kind for phase in config.chain] == ["random_mapping", "tar"]
+    both = {**values, "data": {**values["data"], **tomllib.loads(clients)["data"]}}
+    assert set(load_safeguard(both).data.clients) == {"hospital", "laboratory"}
+    for preset in re.findall(r'preset = "?(\w+)', text):
+        assert preset in PRESETS

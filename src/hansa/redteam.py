@@ -31,12 +31,12 @@ from hansa.safeguard.attack_grids import attacks_of, edits_of
 from hansa.safeguard.attacks import Probe
 from hansa.safeguard.grid import Bench, cells_of, check_parts, run
 from hansa.safeguard.models import Loaded, load_model
+from hansa.safeguard.opened import open_data
 from hansa.safeguard.redteam_options import Attack, Edit
 from hansa.safeguard.rows import Data
 from hansa.safeguard.scorecard import Facts, scorecard
 from hansa.safeguard.scorecard_text import CLAIM, markdown
 from hansa.safeguard_config import SafeguardConfig, load
-from hansa.safeguarding import open_data
 
 Watch = Callable[[str, int, int], None]
 _KNOWN = ("unprotected", "before", "safeguarded", "never")
@@ -150,7 +150,7 @@ class _Stage:
         bundles = {role: read_bundle(path) for role, path in models.paths.items()}
         self.roles = {role: found.digest for role, found in bundles.items()}
         self.loaded = _with_tokenizer(config, models.paths["safeguarded"])
-        self.data = open_data(config, self.loaded)
+        self.data = open_data(config.data, self.loaded)
         _check_bundles(bundles, self.data)
         check_parts(self.data)
         self.chance = Probe(self.data, self.options.templates).chance

@@ -29,7 +29,6 @@ import torch
 from torch import nn
 
 from hansa import bundle
-from hansa.data.tokenizer import tokenizer_from_json
 from hansa.errors import InputError
 from hansa.files import write_atomic
 from hansa.models.build import Architecture, build
@@ -40,13 +39,11 @@ from hansa.safeguard.checkpoint import full
 from hansa.safeguard.federated import Collector
 from hansa.safeguard.loop import descend
 from hansa.safeguard.measure import scores
-from hansa.safeguard.models import Loaded, load_model
+from hansa.safeguard.models import load_model
+from hansa.safeguard.opened import open_data
 from hansa.safeguard.phases import AnyPhase
-from hansa.safeguard.rows import Data
 from hansa.safeguard.setup import Collect, Metrics, Setup
 from hansa.safeguard.sharding import Ranks, ranks
-from hansa.safeguard.texts import Texts
-from hansa.safeguard.world import World, WorldOptions
 from hansa.safeguard_config import SafeguardConfig, load
 
 Watch = Callable[[str, int, int], None]
@@ -108,39 +105,6 @@ def safeguard(
             return stage.result(page)
 
 
-def open_data(config: SafeguardConfig, loaded: Loaded | None) -> Data:
-    """Return what a configuration trains on and asks for, in a model's tokens.
-
-    Args:
-        config: the configuration.
-        loaded: the model, None for one that is built for the made-up world.
-
-    Raises:
-        InputError: data that cannot be read, or of tokens that are not the model's.
-    """
-    if isinstance(config.data, WorldOptions):
-        world = World(config.data)
-        if loaded is not None and loaded.architecture.classes != world.vocabulary:
-            found = f"a model of {loaded.architecture.classes} tokens for a world of"
-            raise InputError("data", f"{found} {world.vocabulary}", "the world it was trained on")
-        return world
-    if loaded is None:
-        raise InputError("model.path", "nothing", "a trained model, for texts")
-    if loaded.tokenizer:
-        tokenizer = tokenizer_from_json(loaded.tokenizer)
-        return Texts(
-            config.data, lambda text: tokenizer.encode(text).tolist(), loaded.architecture.classes
-        )
-    own = loaded.own_tokenizer
-    if own is None:
-        raise InputError("model.path", f"{config.model.path} without a tokenizer", "one with it")
-    return Texts(
-        config.data,
-        lambda text: list(own(text, add_special_tokens=False)["input_ids"]),
-        loaded.architecture.classes,
-    )
-
-
 @dataclass(frozen=True)
 class _Link:
     """One model of a chain: its key, and the phases that have made it, none for the start."""
@@ -170,7 +134,7 @@ class _Stage:
         source = config.model.path
         context = getattr(config.data, "context", 0)
         self._loaded = load_model(source, context) if source is not None else None
-        self.data = open_data(config, self._loaded)
+        self.data = open_data(config.data, self._loaded)
         self.histories: dict[str, list[Metrics]] = {}
 
     def work(self) -> None:

@@ -22,7 +22,6 @@ from hansa.errors import InputError
 from hansa.federation.aggregation import WeightedMean, add_metrics
 from hansa.federation.engines.plan import EngineOptions
 from hansa.federation.federation import Federation
-from hansa.federation.leaf import DivergedError
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Method, Work, begin_work
 from hansa.federation.node import Child, Node, Reply, Setup
@@ -106,8 +105,8 @@ class Tamper(Method):
         points = {k: tar.weight * each for k, each in tar.points().items()}
         rng = generator(seed, "adapters", node.path, node.round)
         told = attack(model, drawn, harm, resist, points, found, rng)
-        if told.pop("diverged", 0):
-            raise DivergedError(node.path, node.round, "an attack's loss is no number")
+        if "diverged" in told:  # normal late in training; the others' gradients count
+            return State(), Message({}, {"weight": 0.0})
         names = [name for name, p in module.named_parameters() if p.requires_grad]
         gradient = dict(zip(names, found, strict=True))
         metrics = {name: (value, 1.0) for name, value in told.items()}
@@ -119,9 +118,11 @@ class Tamper(Method):
         metrics: dict[str, tuple[float, float]] = {}
         like = dict(node.setup.task.params)
         for reply in replies:
-            weight += reply.message.number("weight")
-            mean.add(reply.message.require(_GRADIENT, like), reply.message.number("weight"))
-            add_metrics(metrics, reply.message.metrics)
+            own = reply.message.number("weight")
+            if own > 0:
+                weight += own
+                mean.add(reply.message.require(_GRADIENT, like), own)
+                add_metrics(metrics, reply.message.metrics)
         found = {_GRADIENT: mean.result()} if weight else {}
         return State({_MODEL: state.group(_MODEL), **found}, {"weight": weight}, metrics)
 
@@ -189,7 +190,6 @@ class Collector:
             tree=self._tree,
             engine=self._engine,
             objective=NextToken(),
-            on_failure="drop",
         )
         store = MemoryStore()
         params = {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
