@@ -42,8 +42,8 @@ class Case:
         linked: places that follow from it, such as the same temperature in another unit.
         earlier: edits that make an older response of it, which states ``earlier_value``.
         earlier_value: what the older response states; None where there is none.
-        history: edits that make what the application saw last.
-        second: edits that make what another source says.
+        history: edits that make what the application saw last, None where it saw nothing.
+        second: edits that make what another source says, None where there is none.
     """
 
     id: str
@@ -56,8 +56,8 @@ class Case:
     linked: tuple[Field, ...] = ()
     earlier: tuple[Edit, ...] = ()
     earlier_value: Value | None = None
-    history: tuple[Edit, ...] = ()
-    second: tuple[Edit, ...] = ()
+    history: tuple[Edit, ...] | None = None
+    second: tuple[Edit, ...] | None = None
     labels: tuple[tuple[str, str, str], ...] = field(default=(), compare=False)
     """Entities that are known to stand in texts: (path, label, text)."""
 
@@ -69,13 +69,13 @@ class Case:
 
     @property
     def last_seen(self) -> Any:
-        """What the application saw at its last request of the kind."""
-        return tampered(self.document, self.history)
+        """What the application saw at its last request of the kind, None where there was none."""
+        return None if self.history is None else tampered(self.document, self.history)
 
     @property
     def other_source(self) -> Any:
-        """What another source answers."""
-        return tampered(self.document, self.second)
+        """What another source answers, None where there is none."""
+        return None if self.second is None else tampered(self.document, self.second)
 
     @property
     def older(self) -> Any:
@@ -97,7 +97,8 @@ class Case:
         if self.earlier_value is not None:
             entry["earlier_answer"] = _value(self.earlier_value)
         for name in ("earlier", "history", "second"):
-            if edits := getattr(self, name):
+            edits = getattr(self, name)
+            if edits is not None and (edits or name != "earlier"):
                 entry[name] = [edit.as_json() for edit in edits]
         if self.labels:
             entry["labels"] = [list(label) for label in self.labels]
@@ -120,9 +121,10 @@ def case_from(entry: Any, domain: str, key: str = "case") -> Case:
     for name in ("question", "response", "answer", "fields"):
         if name not in entry:
             raise InputError(f"{key}.{name}", "nothing", "question, response, answer and fields")
-    edits = {}
+    edits: dict[str, Any] = {}
     for name in ("earlier", "history", "second"):
-        edits[name] = tuple(Edit.from_json(each) for each in entry.get(name, ()))
+        if name in entry:
+            edits[name] = tuple(Edit.from_json(each) for each in entry[name])
     earlier = entry.get("earlier_answer")
     try:
         case = Case(
