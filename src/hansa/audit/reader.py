@@ -65,7 +65,7 @@ class ReaderOptions:
     layers: int = 3
     heads: int = 4
     cases: int = 1500
-    steps: int = 520
+    steps: int = 640
     batch: int = 16
     lr: float = 3e-3
     seed: int = 0
