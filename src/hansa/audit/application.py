@@ -11,14 +11,11 @@ from typing import Any
 from hansa.audit.cases import Case, answering
 from hansa.audit.defences import (
     AllowList,
-    Cited,
     CrossField,
     Defence,
     Delimiting,
-    History,
     Refused,
     Schema,
-    SecondSource,
     Signature,
     Stack,
 )
@@ -27,6 +24,7 @@ from hansa.audit.made import FIXTURES, made_cases
 from hansa.audit.manipulate import Arm
 from hansa.audit.prompts import Prompt
 from hansa.audit.signing import Received, new_key, sign
+from hansa.audit.sources import Cited, History, SecondSource
 from hansa.audit.tamper import encoded
 from hansa.audit.targets import MARK, mark
 

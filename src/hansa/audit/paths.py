@@ -12,6 +12,8 @@ from typing import Any
 from hansa.errors import InputError
 
 Path = tuple[str | int, ...]
+Pattern = tuple[str, ...]
+"""A path with stars for entries of lists: ``articles[*].title`` is ("articles", "*", "title")."""
 _STEP = re.compile(r'\[(\d+)\]|\["((?:[^"\\]|\\.)*)"\]|(?:^|\.)([^.\[\]"]+)')
 
 
@@ -111,3 +113,17 @@ def _differing(first: Any, second: Any, before: Path) -> set[Path]:
         return {p for k, (a, b) in pairs for p in _differing(a, b, (*before, k))}
     same = type(first) is type(second) and first == second
     return set() if same else {before}
+
+
+def pattern(path: Path) -> Pattern:
+    """Return a path with a star for every entry of a list."""
+    return tuple("*" if isinstance(step, int) else step for step in path)
+
+
+def pattern_of(text: str) -> Pattern:
+    """Return the pattern that a text writes: ``articles[*].title``, or any path.
+
+    Raises:
+        InputError: text that writes none.
+    """
+    return pattern(parse(text.replace("[*]", "[0]")))
