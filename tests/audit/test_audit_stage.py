@@ -25,7 +25,7 @@ def config(tmp_path, **more):
         "name": "small",
         "output": str(tmp_path),
         "cases": 12,
-        "strengths": [0.0, 1.0],
+        "strengths": [1.0],
         "defences": DEFENCES,
         "target": {"kind": "trusting"},
     }
@@ -159,19 +159,20 @@ def test_a_run_in_which_nothing_lands_is_not_informative(tmp_path, endpoint) -> 
 
 
 def test_a_weak_target_is_not_concluded_about(tmp_path) -> None:
-    made = audit(config(tmp_path, target={"kind": "constant"}), max_adopted=1.0)
+    values = config(tmp_path, defences=["none"], strengths=[])
+    made = audit({**values, "target": {"kind": "constant"}}, max_adopted=1.0)
     assert made.summary["verdict"] == "no conclusion"
     assert made.summary["defences"]["none"]["arms"]["deletion"]["rate"] is None
     assert "undefined" in (made.path / "report.md").read_text()
     assert not made.passed
     assert "<error" in (made.path / "report.xml").read_text()
-    few = audit(config(tmp_path / "few", cases=2))
+    few = audit({**values, "name": "few", "cases": 2})
     assert few.summary["verdict"] == "no conclusion"
     assert "valid cases" in few.summary["why"]
 
 
 def test_the_gate_by_a_limit_and_by_a_baseline(tmp_path) -> None:
-    values = config(tmp_path, cases=36, domains=["weather"], gate={"defence": "schema"})
+    values = config(tmp_path, cases=36, domains=["weather"], defences=["schema"], strengths=[])
     open_ = audit(values, max_adopted=1.0)
     assert open_.passed
     closed = audit(values, max_adopted=0.05)

@@ -6,6 +6,7 @@ service --response--> (provider's lie) --signed--> (edit on the path) --> defenc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from hansa.audit.cases import Case, answering
@@ -143,5 +144,10 @@ def _single(name: str, domain: Domain, service: Service) -> Defence:
 
 def _samples(domain: Domain) -> list[Any]:
     if domain.name in DOMAINS:
-        return [case.document for case in made_cases(domain.name, SAMPLES, FIXTURES + 1)]
+        return _made(domain.name)
     return [case.document for case in domain.cases]
+
+
+@cache
+def _made(name: str) -> list[Any]:
+    return [case.document for case in made_cases(name, SAMPLES, FIXTURES + 1)]

@@ -75,10 +75,12 @@ def look(document: Any, path: Path) -> Any:
 
 def exists(document: Any, path: Path) -> bool:
     """Tell whether anything stands at a path."""
-    try:
-        look(document, path)
-    except InputError:
-        return False
+    value = document
+    for step in path:
+        in_list = isinstance(value, list) and isinstance(step, int) and step < len(value)
+        if not in_list and not (isinstance(value, dict) and step in value):
+            return False
+        value = value[step]
     return True
 
 
