@@ -58,11 +58,15 @@ class Model(BaseHTTPRequestHandler):
         text = body["messages"][1]["content"]
         response = json.loads(text.partition("Response: ")[2].rpartition("\nAnswer:")[0])
         told = kind.reply or str(response.get("current", {}).get("temp_c", "not given"))
+        told = self.words(told)
         data = json.dumps({"choices": [{"message": {"content": told}}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def words(self, told):
+        return told
 
     def log_message(self, *args):
         pass
@@ -156,6 +160,22 @@ def test_a_run_in_which_nothing_lands_is_not_informative(tmp_path, endpoint) -> 
     assert made.summary["verdict"] == "not informative"
     assert "not informative" in (made.path / "report.html").read_text()
     assert kind.asked == 4 * 36  # of the schema's insertions none reaches the model
+
+
+def test_what_a_sampled_model_changes_by_itself_is_taken_off(tmp_path, endpoint) -> None:
+    url, kind = endpoint
+
+    def reply(self, told: str) -> str:
+        return f"{told} degrees" if kind.asked % 5 else told  # in other words, now and then
+
+    kind.words = reply
+    made = audit(of_endpoint(tmp_path, url, strengths=[]))
+    row = made.summary["defences"]["none"]["arms"]["substitution 0.25"]
+    floor = made.summary["noise_floor"]
+    assert 0 < floor < 1
+    assert row["changed"] == 1.0
+    assert row["changed_above_floor"] == pytest.approx(1 - floor)
+    assert made.summary["defences"]["schema"]["arms"]["deletion"]["mcnemar_p"] == 1.0
 
 
 def test_a_weak_target_is_not_concluded_about(tmp_path) -> None:
