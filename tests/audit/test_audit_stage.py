@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 
 from hansa.audit.domains import domain
+from hansa.audit.manipulate import Arm
 from hansa.audit.recording import Recorder
 from hansa.audit.redact import HIDDEN, Redactor, is_secret_name
 from hansa.auditing import audit, load
@@ -337,6 +338,13 @@ def test_recorded_traffic_is_replayed(tmp_path) -> None:
         recorder.record("Who?", {}, b"{", ["text"])
     with pytest.raises(InputError, match="unknown path"):
         recorder.record("Who?", {}, body, ["txet"])
+    skies = Recorder(tmp_path / "skies.jsonl")
+    for sky in ("clear", "rain"):
+        skies.record("How is the sky?", {}, json.dumps([{"sky": sky}]).encode(), ["[0].sky"])
+    service = domain(f"recorded:{skies.path}")
+    assert service.tamper(service.cases[0], Arm("substitution")).false.value == "rain"
+    assert service.tamper(service.cases[0], Arm("deletion")).document == [{}]
+    assert service.tamper(service.cases[0], Arm("insertion")) is None  # a list has no room for it
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match=r"bad\.jsonl:1\.question"):
         domain(f"recorded:{tmp_path / 'bad.jsonl'}")
