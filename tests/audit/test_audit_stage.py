@@ -144,7 +144,13 @@ def test_reports_show_both_arms_utility_false_blocks_and_what_signatures_cannot_
     page = (trusting.path / "report.html").read_text()
     text = (trusting.path / "report.md").read_text()
     for told in (page, text):
-        for words in ("utility without attack", "false blocks", "Without a defence", "provider"):
+        for words in (
+            "utility without attack",
+            "false blocks",
+            "Without a defence",
+            "provider",
+            "Blocked",
+        ):
             assert words in told
         assert "does not stop a provider that lies" in told
         for name in DEFENCES:
