@@ -42,6 +42,7 @@ bench: setup
 	$(BIN)/python benchmarks/worldlm.py --quick
 	$(BIN)/python benchmarks/curation.py --quick
 	$(BIN)/python benchmarks/safeguard.py --quick
+	$(BIN)/python benchmarks/audit.py --quick
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

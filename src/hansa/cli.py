@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from hansa import cli_safeguard
+from hansa.cli_audit import app as audit_app
 from hansa.cli_parts import Json
 from hansa.cli_parts import progress as _progress
 from hansa.cli_parts import told as _told
@@ -236,6 +237,7 @@ def report(
 app.command()(cli_safeguard.safeguard)
 app.command()(cli_safeguard.redteam)
 
+app.add_typer(audit_app, name="audit")
 deploy = typer.Typer(rich_markup_mode=None, help="Run a federation on machines of its members.")
 app.add_typer(deploy, name="deploy")
 
