@@ -6,7 +6,7 @@ models start from the same first phase, Random Mapping. Tables:
 recovery    share of restricted answers that come back after so many steps of full fine-tuning,
             the worst of four learning rates, each the mean over attack seeds; the steps to half;
             what is retained before any attack; and what the safeguard has cost
-attacks     of TAR and of the first phase alone: every other attack of the large grid, one seed
+attacks     every other attack of the small grid on four of the models, one seed
 cost        seconds of an outer step over those of a plain step, side by side, by the inner steps
 
     python benchmarks/safeguard.py [--quick] [--json] [--seeds 0,1] [--attack-seeds 0,1,2]
@@ -77,6 +77,11 @@ LORA = [
     {"weight": 1, "lrs": [3e-3, 1e-2], "rank": 8},
     {"data": "switch", "lrs": HIGH},
 ]
+OPTIMIZERS = [
+    {"weight": 1, "lrs": HIGH},
+    {"weight": 1, "lrs": [0.1, 0.3], "optimizer": "adadelta"},
+    {"data": "switch", "lrs": HIGH},
+]
 CONTROLS: dict[str, dict[str, Any]] = {
     # As many plain steps as TAR with K = 16 takes: 100 x 13.3 of 2.33 each.
     "same_compute": {"after": 2, "phases": [entropy(571)]},
@@ -96,6 +101,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
         "phases": [{"kind": "repnoise", "steps": 571, "lr": 5e-4, "warm_up": 20}],
     },
     "tar_lora": {"after": 2, "phases": [tar(adversaries=LORA)]},
+    "tar_optimizers": {"after": 2, "phases": [tar(adversaries=OPTIMIZERS)]},
     "tar_k16_300": {"after": 2, "phases": [tar(steps=300)]},
 }
 NAMES = {"before": "phase1", "same_compute": "control", "safeguarded": "tar"}
@@ -146,8 +152,9 @@ class Bench:
     def others(self) -> dict[str, Any]:
         """Return the scorecard of every other attack, on TAR and on the first phase alone."""
         config = self.config(self.seeds[0])
-        roles = ["before", "safeguarded"] + ([] if self.quick else ["noise_distil"])
-        options = RedteamOptions(grid="small" if self.quick else "large")
+        roles = ["before", "safeguarded"]
+        roles += [] if self.quick else ["tar_optimizers", "noise_distil"]
+        options = RedteamOptions(grid="small")
         attacks = [
             {**how.model_dump(mode="json", exclude_none=True), "roles": roles}
             for how in attacks_of(options)
