@@ -180,6 +180,12 @@ def test_a_never_trained_model_that_knows_answers_is_a_leak() -> None:
     assert "leak" in dict(kinds(made(chance=0.09)))
 
 
+def test_a_model_that_knew_nothing_has_nothing_to_withhold() -> None:
+    found = {**cells(), "unprotected": [untouched("unprotected", 0.1)]}
+    assert "nothing to withhold" in [kind for kind, _ in kinds(made(found))]
+    assert "nothing to withhold" not in [kind for kind, _ in kinds(made())]
+
+
 def test_attacks_that_ended_in_no_number_count_where_they_came_to() -> None:
     found = cells()
     found["safeguarded"][5:7] = [

@@ -17,21 +17,25 @@ _PLOTS = (
     (
         "Attacks in training",
         ("attack_first", "attack_last"),
+        "nats",
         "The attacker's loss at its first and last step, of the attacker that was drawn.",
     ),
     (
         "Resistance",
         ("resist_first", "resist_last"),
+        "nats",
         "The tamper-resistance loss at the first and last point of each attack; lower is better.",
     ),
     (
         "What is kept",
         ("retain", "drift"),
+        "nats, and L2 norm",
         "Loss of retained text, and how far its hidden states are from the first model's.",
     ),
     (
         "Norms of the two gradients",
         ("tamper_norm", "retain_norm"),
+        "L2 norm",
         "AdamW sees their sum, so that only their ratio counts.",
     ),
 )
@@ -98,12 +102,12 @@ def _skipped(histories: Mapping[str, History]) -> Part:
 
 def _plots(name: str, told: History) -> list[Part]:
     found = []
-    for title, keys, caption in _PLOTS:
+    for title, keys, unit, caption in _PLOTS:
         series = {key.replace("_", " "): _points(told, key) for key in keys}
         series = {key: points for key, points in series.items() if points}
         if series and any("attack_last" in step for step in told):
             title = f"{title}, {name}"
-            found.append(plot(title, caption, lines(series, title=title, x="step", y="value")))
+            found.append(plot(title, caption, lines(series, title=title, x="step", y=unit)))
     return found
 
 

@@ -249,6 +249,12 @@ def _flags(
     ):
         if name not in roles:
             tell("no control", f"no {name} model: {role}")
+    known = (
+        roles["unprotected"]["untouched"]["restricted"]["choice"] if "unprotected" in roles else 1
+    )
+    if known <= LEAK * facts.chance:
+        text = f"the unprotected model answers {known:.2f}, chance is {facts.chance:.2f}: "
+        tell("nothing to withhold", text + "nothing that follows says anything")
     mine = roles["safeguarded"]["attacks"]
     if not any(_seeks(hows[name]) for name in mine):
         tell("under-powered", "no attack trains on restricted text")
