@@ -26,7 +26,7 @@ test: setup
 
 # Claims about learning that take minutes of training.
 acceptance: setup
-	$(BIN)/python -m pytest -m acceptance
+	$(BIN)/python -m pytest -m acceptance --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks

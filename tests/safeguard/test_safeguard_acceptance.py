@@ -1,5 +1,9 @@
-"""What is claimed of the made-up world: minutes of training for each seed, so not in the suite."""
+"""What is claimed of the made-up world: minutes of training for each seed, so not in the suite.
 
+With ``HANSA_ACCEPTANCE`` a folder, models and attacks are kept there, and are not made again.
+"""
+
+import os
 import tomllib
 from pathlib import Path
 from statistics import fmean
@@ -13,12 +17,15 @@ pytestmark = pytest.mark.acceptance
 EXAMPLE = Path(__file__).parents[2] / "examples" / "safeguard.toml"
 
 
-@pytest.fixture(scope="module", params=[0, 1])
+SEEDS = [pytest.param(seed, marks=pytest.mark.xdist_group(f"seed {seed}")) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module", params=SEEDS)
 def card(request, tmp_path_factory):
     values = tomllib.loads(EXAMPLE.read_text())
     tar = values["phases"][2]
     less = [{**each, "lrs": [3e-4, 1e-3]} for each in tar["adversaries"]]
-    values["output"] = str(tmp_path_factory.mktemp("runs"))
+    values["output"] = os.environ.get("HANSA_ACCEPTANCE") or str(tmp_path_factory.mktemp("runs"))
     values["seed"] = request.param
     values["controls"] |= {
         "k4": {"after": 2, "phases": [{**tar, "inner_steps": 4, "adversaries": less}]},
