@@ -1,5 +1,7 @@
 """A language model over real SuperLinks, SuperNodes and a gateway. Slow: a dozen processes."""
 
+import json
+import stat
 from typing import Any
 
 from deployments import PATIENCE, check_states, finished, ports, until
@@ -8,10 +10,14 @@ from hansa.training import train
 
 
 def test_a_deployed_language_model_has_the_local_engines_bits(running, tmp_path) -> None:
-    """WorldLM with text at the root and at an inner node, rules, and residuals between branches."""
+    """WorldLM with text at the root and at an inner node, rules, and residuals between branches.
+
+    One branch is private, without the noise that would be its own and with a limit out of reach.
+    """
+    unlimited = {"unit": "update", "noise": 0.0, "clip": 1e6}
     nodes: dict[str, dict[str, Any]] = {
         "root": {},
-        "north": {},
+        "north": {"privacy": unlimited},
         "a": {"parent": "north"},
         "b": {"steps": 3},
     }
@@ -40,6 +46,11 @@ def test_a_deployed_language_model_has_the_local_engines_bits(running, tmp_path)
     check_states(
         place, run, local, ["root/north", "root/north/a", "root/b", "root/north@root/north/a"]
     )
+    for party in (north, place / "a"):
+        secret = party / "state" / "releases.json"
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+        assert json.loads(secret.read_text())["number"] == 3
+    assert len(list(place.rglob("releases.json"))) == 2
     came = [row for row in below.history.table("figures").to_pylist() if "came" in row["name"]]
     assert any(row["value"] for row in came)
     # Both federations' tables tell of their own training and scores, as the local engine's do.

@@ -126,7 +126,22 @@ WRONG_TEXT: dict[str, tuple[dict[str, Any], str]] = {
         {"deploy": {"federations": {"north": {"parent": "root"}}}},
         "deploy.federations.north.parent",
     ),
-    "private": ({"nodes": {**NODES, "b": {**NODES["b"], "privacy": PRIVATE}}}, "nodes.b.privacy"),
+    "privacy beside [nodes]": ({"deploy": {"privacy": PRIVATE}}, "deploy.privacy"),
+    "privacy of a federation beside [nodes]": (
+        {"deploy": {"federations": {"north": {"privacy": PRIVATE}}}},
+        "deploy.federations.north.privacy",
+    ),
+    "no noise": (
+        {"nodes": {**NODES, "b": {**NODES["b"], "privacy": {"noise": -1.0}}}},
+        "nodes.b.privacy.noise",
+    ),
+    "private by a method whose looks nobody counts": (
+        {
+            "nodes": {**NODES, "root": {}, "north": {}, "b": {**NODES["b"], "privacy": PRIVATE}},
+            "method": {"name": "fedprox"},
+        },
+        "nodes.b.privacy",
+    ),
     "simulated failures": (
         {"nodes": {**NODES, "north": {"participation": {"failure_rate": 0.1}}}},
         "nodes.north.participation",

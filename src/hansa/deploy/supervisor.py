@@ -66,7 +66,8 @@ class Supervisor:
         """Refuse what is bound to fail, before anything is started.
 
         Raises:
-            InputError: a certificate, a key or a port that cannot be used.
+            InputError: a certificate, a key or a port that cannot be used, or rules that cannot be
+                kept.
         """
         server, upward = self.party.server, self.party.upward
         for part in PARTS:
@@ -84,6 +85,10 @@ class Supervisor:
                     str(self.folder / "member" / "node.key"), "no such file", "the node's key"
                 )
             check_port("upward.runtime_port", "127.0.0.1", upward.runtime_port)
+        if self.party.rules is not None:
+            from hansa.deploy.holding import Holding  # PyTorch's seconds are for rules only
+
+            Holding.of(self.party, self.folder).releases()
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT.
