@@ -4,11 +4,14 @@ import json
 import stat
 from typing import Any
 
-from deployments import PATIENCE, check_states, finished, ports, until
+import pytest
+
+from deployments import LOOK, PATIENCE, check_states, finished, ports, until
 from hansa.runs import Run
 from hansa.training import train
 
 
+@pytest.mark.slow(60)
 def test_a_deployed_language_model_has_the_local_engines_bits(running, tmp_path) -> None:
     """WorldLM with text at the root and at an inner node, rules, and residuals between branches.
 
@@ -37,7 +40,9 @@ def test_a_deployed_language_model_has_the_local_engines_bits(running, tmp_path)
         "training": {"optimizer": "adamw", "lr": 0.01, "batch_size": 2, "steps": 2},
         "method": {"name": "worldlm", "threshold": 0.9999, "temperature": 1.0},
     }
-    place = running({**config, "deploy": {"port": ports(6), "deadline": PATIENCE}})
+    deploy = {"port": ports(6), "deadline": PATIENCE, "look": LOOK}
+    deploy["federations"] = {"north": {"look": LOOK}}
+    place = running({**config, "deploy": deploy})
     engine = {"kind": "sequential", "workers": 1}
     local = train({**config, "output": str(tmp_path / "local"), "engine": engine})
     root, north = place / "root", place / "north"

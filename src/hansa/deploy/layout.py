@@ -138,6 +138,7 @@ def _party(
             superlink=f"{options.host}:{options.port}",
             patience=_patience(deployment.servers, path, above),
             runtime_port=_set(deployment.servers[ROOT].port) + _RUNTIME + number,
+            look=options.look,
         )
         public = write_node_key(folder / "member" / "node.key")
         parent = folder.parent / name_of(above)

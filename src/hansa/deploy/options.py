@@ -38,6 +38,8 @@ class ServerOptions(_Section):
     what the federation above has at every other."""
     wait: float = Field(300.0, gt=0, allow_inf_nan=False)
     """Seconds that nodes have to connect before the first round."""
+    look: float = Field(3.0, ge=0.1, le=60)
+    """Seconds between two looks of an idle node for what is asked of it."""
 
 
 class FederationOptions(ServerOptions):
@@ -329,7 +331,9 @@ def _servers(options: DeployOptions, tree: Tree) -> dict[str, ServerOptions]:
         if chosen > _HIGHEST:
             raise InputError(f"{key}.port", chosen, f"at most {_HIGHEST}")
         port = max(port, chosen) + 1
-        servers[path] = ServerOptions(host=own.host, port=chosen, deadline=deadline, wait=own.wait)
+        servers[path] = ServerOptions(
+            host=own.host, port=chosen, deadline=deadline, wait=own.wait, look=own.look
+        )
     return servers
 
 

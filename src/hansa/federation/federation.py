@@ -173,7 +173,8 @@ class Federation:
     ) -> Iterator[RoundResult]:
         from hansa.federation.engines.flower.simulation import simulation  # needs an extra
 
-        with self._engine as engine, simulation(engine) as simulated:
+        workers = self._options.workers
+        with self._engine as engine, simulation(engine, workers) as simulated:
             for number in range(first, last + 1):
                 due = is_due(number, last, score_every)
                 yield simulated.round(number, due, pairs=pairs and number == last)
