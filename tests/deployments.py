@@ -23,6 +23,8 @@ from support import same
 
 BIN = Path(sys.executable).parent
 PATIENCE = 240.0
+LOOK = 0.5
+"""What an idle SuperNode sleeps: Flower's own three seconds would be most of a test's time."""
 
 
 def ports(num: int) -> int:

@@ -4,15 +4,22 @@ import os
 from pathlib import Path
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, content: bytes | str, is_secret: bool = False) -> None:
     """Write a file so that a reader, or a restart after a kill, sees the old or the new content.
 
     The content reaches the disk before the name does: write beside it, sync, rename, sync folder.
+
+    Args:
+        path: the file.
+        content: what it is to hold.
+        is_secret: whether nobody but its owner may read it, at any moment.
     """
     data = content.encode() if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.tmp")
     try:
         with beside.open("wb") as file:
+            if is_secret:  # while there is nothing in it yet
+                beside.chmod(0o600)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

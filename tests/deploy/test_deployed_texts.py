@@ -1,17 +1,26 @@
 """A language model over real SuperLinks, SuperNodes and a gateway. Slow: a dozen processes."""
 
+import json
+import stat
 from typing import Any
 
-from deployments import PATIENCE, check_states, finished, ports, until
+import pytest
+
+from deployments import LOOK, PATIENCE, check_states, finished, ports, until
 from hansa.runs import Run
 from hansa.training import train
 
 
+@pytest.mark.slow(60)
 def test_a_deployed_language_model_has_the_local_engines_bits(running, tmp_path) -> None:
-    """WorldLM with text at the root and at an inner node, rules, and residuals between branches."""
+    """WorldLM with text at the root and at an inner node, rules, and residuals between branches.
+
+    One branch is private, without the noise that would be its own and with a limit out of reach.
+    """
+    unlimited = {"unit": "update", "noise": 0.0, "clip": 1e6}
     nodes: dict[str, dict[str, Any]] = {
         "root": {},
-        "north": {},
+        "north": {"privacy": unlimited},
         "a": {"parent": "north"},
         "b": {"steps": 3},
     }
@@ -31,7 +40,9 @@ def test_a_deployed_language_model_has_the_local_engines_bits(running, tmp_path)
         "training": {"optimizer": "adamw", "lr": 0.01, "batch_size": 2, "steps": 2},
         "method": {"name": "worldlm", "threshold": 0.9999, "temperature": 1.0},
     }
-    place = running({**config, "deploy": {"port": ports(6), "deadline": PATIENCE}})
+    deploy = {"port": ports(6), "deadline": PATIENCE, "look": LOOK}
+    deploy["federations"] = {"north": {"look": LOOK}}
+    place = running({**config, "deploy": deploy})
     engine = {"kind": "sequential", "workers": 1}
     local = train({**config, "output": str(tmp_path / "local"), "engine": engine})
     root, north = place / "root", place / "north"
@@ -40,6 +51,11 @@ def test_a_deployed_language_model_has_the_local_engines_bits(running, tmp_path)
     check_states(
         place, run, local, ["root/north", "root/north/a", "root/b", "root/north@root/north/a"]
     )
+    for party in (north, place / "a"):
+        secret = party / "state" / "releases.json"
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+        assert json.loads(secret.read_text())["number"] == 3
+    assert len(list(place.rglob("releases.json"))) == 2
     came = [row for row in below.history.table("figures").to_pylist() if "came" in row["name"]]
     assert any(row["value"] for row in came)
     # Both federations' tables tell of their own training and scores, as the local engine's do.

@@ -94,6 +94,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         deploy(parties={**TREE["parties"], "client-2": {"data": {"sorce": "digits"}}}),
         "deploy.parties.client-2.data.sorce",
     ),
+    "looks without a pause": (deploy(look=0.0), "deploy.look"),
     "IPv6": (deploy(host="::1"), "deploy.host"),
     "port": (deploy(port=65535), "deploy.port"),
     "bundle": ({"model": {"bundle": "x"}}, "model.bundle"),
@@ -126,7 +127,22 @@ WRONG_TEXT: dict[str, tuple[dict[str, Any], str]] = {
         {"deploy": {"federations": {"north": {"parent": "root"}}}},
         "deploy.federations.north.parent",
     ),
-    "private": ({"nodes": {**NODES, "b": {**NODES["b"], "privacy": PRIVATE}}}, "nodes.b.privacy"),
+    "privacy beside [nodes]": ({"deploy": {"privacy": PRIVATE}}, "deploy.privacy"),
+    "privacy of a federation beside [nodes]": (
+        {"deploy": {"federations": {"north": {"privacy": PRIVATE}}}},
+        "deploy.federations.north.privacy",
+    ),
+    "no noise": (
+        {"nodes": {**NODES, "b": {**NODES["b"], "privacy": {"noise": -1.0}}}},
+        "nodes.b.privacy.noise",
+    ),
+    "private by a method whose looks nobody counts": (
+        {
+            "nodes": {**NODES, "root": {}, "north": {}, "b": {**NODES["b"], "privacy": PRIVATE}},
+            "method": {"name": "fedprox"},
+        },
+        "nodes.b.privacy",
+    ),
     "simulated failures": (
         {"nodes": {**NODES, "north": {"participation": {"failure_rate": 0.1}}}},
         "nodes.north.participation",
@@ -210,6 +226,36 @@ def test_what_cannot_work_is_refused_before_anything_is_written(case, tmp_path) 
         init(read_deployment(description(tmp_path, **changes)), tmp_path / "made")
     assert caught.value.key == key
     assert not (tmp_path / "made").exists()
+
+
+def test_a_supernode_sleeps_as_long_as_it_is_told_and_no_longer(monkeypatch) -> None:
+    import time
+
+    from flwr.supernode import start_client_internal as flowers
+
+    from hansa.federation.engines.flower.supernode import look_every
+
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(flowers, "time", flowers.time)  # put back after this test
+    assert flowers.time is time  # or its sleeps were its own matter
+    look_every(0.5)
+    for seconds in (3, 0.1):
+        flowers.time.sleep(seconds)
+    assert slept == [0.5, 0.1]
+    assert flowers.time.time() > 0
+
+
+def test_how_often_a_member_looks_is_up_to_its_federation(tmp_path) -> None:
+    changes = deploy(look=7.0, federations={"north": {"look": 0.5}, "south": {}})
+    made = tmp_path / "made"
+    init(read_deployment(description(tmp_path, **changes)), made)
+    found = {}
+    for name in ("client-0", "client-1", "north"):
+        upward = Party.read(made / name).upward
+        assert upward
+        found[name] = upward.look
+    assert found == {"client-0": 0.5, "client-1": 3.0, "north": 7.0}
 
 
 def test_parties_get_what_they_need_and_no_more(tmp_path) -> None:

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tomli_w
 import torch
 from PIL import Image
 
 from deployments import (
     BIN,
+    LOOK,
     PATIENCE,
     at_work,
     check_states,
@@ -62,6 +64,7 @@ def gray(folder: Path, value: int) -> None:
 TARGETS = {"north": {"n1": 0, "n2": 4}, "south": {"s1": 8, "s2": 12}}
 
 
+@pytest.mark.slow(100)
 def test_a_federation_of_federations_gives_the_hand_computed_number(running, tmp_path) -> None:
     """Passes halfway to 0, 4, 8, 12 with a mean at each level: 3, then 4.5, then 5.25.
 
@@ -89,9 +92,10 @@ def test_a_federation_of_federations_gives_the_hand_computed_number(running, tmp
         "shape": [1, 2, 2],
         "classes": ["pulls", "rests"],
         "deadline": PATIENCE,
-        "federations": {"north": {"wait": PATIENCE}, "south": {"wait": PATIENCE}},
+        "federations": {name: {"wait": PATIENCE, "look": LOOK} for name in TARGETS},
         "parties": clients,
         "wait": PATIENCE,
+        "look": LOOK,
     }
     place = running({**config, "deploy": deploy})
     root, north, south = (place / name for name in ("root", "north", "south"))
@@ -182,6 +186,7 @@ def _strangers(place: Path, folder: Path, port: int) -> Iterator[list[str]]:
             stranger.wait()
 
 
+@pytest.mark.slow(150)
 def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     running, tmp_path
 ) -> None:
@@ -204,7 +209,7 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
         "training": {"lr": 0.1, "batch_size": 3},
         "method": {"name": "fedselect", "rate": 0.2},
     }
-    place = running({**config, "deploy": {"port": ports(6), "deadline": PATIENCE}})
+    place = running({**config, "deploy": {"port": ports(6), "deadline": PATIENCE, "look": LOOK}})
     root = place / "root"
     until(finished(root), "finished", place)
     engine = {"kind": "sequential", "workers": 1}
@@ -233,15 +238,13 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
         assert change[0] in text
         (root / name).write_text(text.replace(*change))
     hansa("up", place)
+    # None of them can answer the round: they stand still from when they have said who they are.
+    stopped = [_stopped_after_hello(place / f"client-{k}", place) for k in range(3)]
     until(at_work(root, 4), "in round 4", place)
-    # Before it can have answered: Flower looks for messages every three seconds.
-    kill(named(processes(place / "client-2"), "bin/flower-supernode"))
-    slow, liar = (named(processes(place / f"client-{k}"), "hansa.deploy.member")[0] for k in (0, 1))
-    for pid in (slow, liar):
-        os.kill(pid, signal.SIGSTOP)
+    kill(named(processes(place / "client-2"), "engines.flower.supernode"))
     until(lambda: _answered_garbage(place / "client-1"), "asked", place)
     until(lambda: "client-2: late" in (run.path / "log.txt").read_text(), "late", place)
-    for pid in (slow, liar):
+    for pid in stopped:
         os.kill(pid, signal.SIGCONT)
     until(finished(root), "finished", place)
 
@@ -299,6 +302,14 @@ def _stop(party: Path) -> None:
     while processes(party):
         assert time.monotonic() < end
         time.sleep(0.2)
+
+
+def _stopped_after_hello(party: Path, place: Path) -> int:
+    """Stop a client's worker once it has said who it is, and return its number."""
+    (pid,) = named(processes(party), "hansa.deploy.member")
+    until(lambda: told(party, "worker").get("what") == "hello of round 0 ok", "there", place)
+    os.kill(pid, signal.SIGSTOP)
+    return pid
 
 
 def _answered_garbage(party: Path) -> bool:

@@ -24,7 +24,6 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from scipy.stats import beta
 
 from hansa.errors import InputError
 
@@ -238,6 +237,8 @@ def rank_of(rate: float, num: int, confidence: float | None = None) -> int:
     """
     if confidence is None:
         return int(rate * (num + 1) + 1e-9)
+    from scipy.stats import beta  # a second, which every process with a configuration would spend
+
     places = np.arange(1, num + 1)
     return int((beta.ppf(confidence, places, num + 1 - places) <= rate).sum())  # it grows with k
 
@@ -245,4 +246,6 @@ def rank_of(rate: float, num: int, confidence: float | None = None) -> int:
 def _bound(place: int, num: int) -> Bound:
     if not place:
         return Bound(num, 0, 0.0, 0.0)
+    from scipy.stats import beta
+
     return Bound(num, place, place / (num + 1), float(beta.ppf(0.95, place, num + 1 - place)))

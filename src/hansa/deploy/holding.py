@@ -17,8 +17,10 @@ from hansa.data.text import TextOptions, pack, read_text
 from hansa.deploy.charter import Charter
 from hansa.deploy.party import Party
 from hansa.errors import InputError
-from hansa.federation.federation import check_batches, check_model
+from hansa.federation.federation import check_batches, check_model, check_private
 from hansa.federation.node import Setup
+from hansa.federation.releases import FILE as RELEASES
+from hansa.federation.releases import Releases
 from hansa.federation.rules import Rules
 from hansa.federation.tree import name_of
 
@@ -56,9 +58,22 @@ class Holding:
         return cls(party.path, folder / "state", data, party.text, rules)
 
     def setup(self, charter: Charter) -> Setup:
-        """Return what is the same at every node, and the rules that hold here."""
-        rules = {} if self.rules == Rules() else {self.path: self.rules}
-        return replace(charter.setup, rules=rules)
+        """Return what is the same at every node, and what holds here alone.
+
+        Raises:
+            InputError: rules of privacy that the party cannot keep.
+        """
+        setup = ruled(charter, self.path, self.rules, "rules.")
+        return replace(setup, releases=self.releases())
+
+    def releases(self) -> Releases | None:
+        """Return where a private party counts what it lets out; made where there is nothing yet.
+
+        Raises:
+            InputError: it cannot be kept any further; see ``Releases``.
+        """
+        privacy = self.rules.privacy
+        return None if privacy is None else Releases(self.folder / RELEASES, privacy)
 
     def client(self, charter: Charter) -> Client:
         """Return what the party holds, kept in a file between the processes of one run.
@@ -114,6 +129,24 @@ class Holding:
         return found.clients[name]
 
 
+def ruled(charter: Charter, path: str, rules: Rules, key: str) -> Setup:
+    """Return the setup of a federation in which a node's own rules hold.
+
+    Args:
+        charter: the federation in which the node trains.
+        path: the node.
+        rules: its own.
+        key: where they stand, for errors.
+
+    Raises:
+        InputError: a model or method that cannot be trained as privately as they want it.
+    """
+    setup = replace(charter.setup, rules={} if rules == Rules() else {path: rules})
+    if setup.at(path).privacy is not None:
+        check_private(f"{key}privacy", charter.config.method)
+    return setup
+
+
 def own_data(values: Mapping[str, Any] | None, key: str) -> DataOptions | None:
     """Return a client's own data, nothing where it has none.
 
@@ -146,16 +179,8 @@ def check_rules(rules: Rules, key: str) -> None:
     """Refuse rules that a deployment cannot keep.
 
     Raises:
-        InputError: they simulate what is real there, or they are private.
+        InputError: they simulate what is real there.
     """
-    if rules.privacy is not None:
-        # All members know the seed that noise is drawn from. And an answer that came too late has
-        # left the node, while the round it belongs to is undone and counts towards no budget.
-        raise InputError(
-            f"{key}privacy",
-            "a private node, whose noise every member of a deployment could compute from the seed",
-            "none in a deployment; privacy holds in runs on one machine (docs/privacy.md)",
-        )
     asked = rules.participation
     if asked is not None and (asked.failure_rate or asked.deadline is not None):
         raise InputError(

@@ -15,6 +15,7 @@ from hansa.deploy.certificates import (
     write_server,
 )
 from hansa.deploy.charter import FILE, Charter
+from hansa.deploy.holding import ruled
 from hansa.deploy.options import Deployment, ServerOptions, charter_of, check_together
 from hansa.deploy.party import Party, Server, Upward
 from hansa.errors import InputError
@@ -49,6 +50,10 @@ def init(deployment: Deployment, folder: Path) -> list[Path]:
     for path, charter in charters.items():
         if path != ROOT:
             check_together(charters[path.rpartition("/")[0]], charter)
+    for path, rules in deployment.rules.items():
+        if deployment.trains(path):
+            trained_in = path if path in charters else path.rpartition("/")[0]
+            ruled(charters[trained_in], path, rules, f"{deployment.key(path)}.")
     try:
         paths = list(deployment.tree.walk())
         for number, path in enumerate(paths):
@@ -76,6 +81,9 @@ def write_app(deployment: Deployment, folder: Path) -> int:
     if deployment.texts:
         found = "nodes with text"
         raise InputError("nodes", found, "images; texts by `hansa train CONFIG --engine flower`")
+    if deployment.rules:
+        key = f"{deployment.key(min(deployment.rules))}.privacy"
+        raise InputError(key, "private nodes", "none, to simulate an app")
     for name, party in deployment.options.parties.items():
         if party.data is not None:
             raise InputError(f"deploy.parties.{name}.data", "data of its own", "none, to simulate")
@@ -130,6 +138,7 @@ def _party(
             superlink=f"{options.host}:{options.port}",
             patience=_patience(deployment.servers, path, above),
             runtime_port=_set(deployment.servers[ROOT].port) + _RUNTIME + number,
+            look=options.look,
         )
         public = write_node_key(folder / "member" / "node.key")
         parent = folder.parent / name_of(above)
@@ -137,13 +146,15 @@ def _party(
         shutil.copy(parent / "tls" / "ca.crt", folder / "member" / "superlink-ca.crt")
     party = deployment.options.parties.get(name_of(path))
     own = deployment.rules.get(path)
+    if own is not None and not deployment.trains(path):
+        own = own.model_copy(update={"privacy": None})  # handed down already
     Party(
         path=path,
         server=server,
         upward=upward,
         data=party.data if party else None,
         text=deployment.texts.get(path),
-        rules=own.model_dump(mode="json", exclude_none=True) if own else None,
+        rules=own.model_dump(mode="json", exclude_none=True) or None if own else None,
     ).write(folder)
     facts = {"name": folder.name, "folder": str(folder.resolve())}
     for target, template in (

@@ -15,7 +15,8 @@ from hansa.deploy.texts import check_inner, rules_of, shared, texts_of, tokenize
 from hansa.errors import InputError, first_line
 from hansa.federation.message import State
 from hansa.federation.node import Child, Node, Reply
-from hansa.federation.rules import Rules
+from hansa.federation.privacy import Privacy
+from hansa.federation.rules import Rules, inherited
 from hansa.federation.tree import ROOT, Tree, name_of
 
 _HIGHEST = 60_000  # of ports; a party's other ports lie above its own
@@ -37,6 +38,8 @@ class ServerOptions(_Section):
     what the federation above has at every other."""
     wait: float = Field(300.0, gt=0, allow_inf_nan=False)
     """Seconds that nodes have to connect before the first round."""
+    look: float = Field(3.0, ge=0.1, le=60)
+    """Seconds between two looks of an idle node for what is asked of it."""
 
 
 class FederationOptions(ServerOptions):
@@ -50,6 +53,8 @@ class FederationOptions(ServerOptions):
     """Its own optimizer and local work."""
     participation: dict[str, Any] | None = None
     """Whom it asks in a round."""
+    privacy: Privacy | None = None
+    """Differential privacy of all below it that have none of their own."""
 
 
 class PartyOptions(_Section):
@@ -59,6 +64,8 @@ class PartyOptions(_Section):
     """The federation it is part of."""
     data: dict[str, Any] | None = None
     """What it holds, as in ``[data]``; by default its share of the run's data, for a trial."""
+    privacy: Privacy | None = None
+    """Differential privacy of its training."""
 
 
 class DeployOptions(ServerOptions):
@@ -68,6 +75,8 @@ class DeployOptions(ServerOptions):
     """Shape of one input, where no data are at hand to tell."""
     classes: tuple[str, ...] | None = None
     """Names of the classes, in the order of the model's logits, where no data are at hand."""
+    privacy: Privacy | None = None
+    """Differential privacy of all clients that have none of their own or their federation's."""
     federations: dict[str, FederationOptions] = Field(default_factory=dict)
     parties: dict[str, PartyOptions] = Field(default_factory=dict)
 
@@ -97,6 +106,19 @@ class Deployment:
     tokenizer: str = ""
     texts: Mapping[str, str] = field(default_factory=dict)
     rules: Mapping[str, Rules] = field(default_factory=dict)
+
+    def trains(self, path: str) -> bool:
+        """Tell whether a node has data of its own: a client, or a server with text."""
+        return self.tree.is_leaf(path) or path in self.texts
+
+    def key(self, path: str) -> str:
+        """Return where in the description a node's own settings stand."""
+        name = name_of(path)
+        if self.texts:
+            return f"nodes.{name}"
+        if path == ROOT:
+            return "deploy"
+        return f"deploy.{'parties' if self.tree.is_leaf(path) else 'federations'}.{name}"
 
 
 def read_deployment(path: Path) -> Deployment:
@@ -129,7 +151,16 @@ def read_deployment(path: Path) -> Deployment:
         raise InputError("deploy.shape", "nothing", "shape and classes, where no data tell them")
     if data and (data.shape, data.classes) != (shape, classes):
         raise InputError("deploy.shape", f"{shape}, {classes}", f"{data.shape}, {data.classes}")
-    return Deployment(options, tree, configs, servers, shape, classes)
+    rules = inherited(tree, _private(options))
+    return Deployment(options, tree, configs, servers, shape, classes, rules=rules)
+
+
+def _private(options: DeployOptions) -> dict[str, Rules]:
+    """Return name of a node -> its rules, of those for which privacy is asked."""
+    asked = {ROOT: options.privacy}
+    for sections in (options.federations, options.parties):
+        asked |= {name: section.privacy for name, section in sections.items()}
+    return {name: Rules(privacy=privacy) for name, privacy in asked.items() if privacy}
 
 
 def _of_text(values: Mapping[str, Any], config: RunConfig, options: DeployOptions) -> Deployment:
@@ -140,7 +171,7 @@ def _of_text(values: Mapping[str, Any], config: RunConfig, options: DeployOption
     """
     assert config.text is not None  # noqa: S101 the caller has looked
     tree = config.shape()
-    for key in ("parties", "shape", "classes"):
+    for key in ("parties", "shape", "classes", "privacy"):
         if getattr(options, key):
             raise InputError(f"deploy.{key}", "something beside [nodes]", "[nodes] and [text]")
     inner = [name_of(path) for path in tree.walk() if path != ROOT and not tree.is_leaf(path)]
@@ -148,9 +179,9 @@ def _of_text(values: Mapping[str, Any], config: RunConfig, options: DeployOption
         if name not in inner:
             allowed = ", ".join(inner) or "none: no inner node stands in [nodes]"
             raise InputError(f"deploy.federations.{name}", "no inner node", allowed)
-        if "parent" in federation.model_fields_set:
-            found = repr(federation.parent)
-            raise InputError(f"deploy.federations.{name}.parent", found, f"nodes.{name}.parent")
+        for key in federation.model_fields_set & {"parent", "privacy"}:
+            found = repr(getattr(federation, key))
+            raise InputError(f"deploy.federations.{name}.{key}", found, f"nodes.{name}.{key}")
     tokenizer, texts = tokenizer_of(config), texts_of(config, tree)
     servers, configs = _servers(options, tree), {}
     for path in servers:
@@ -300,7 +331,9 @@ def _servers(options: DeployOptions, tree: Tree) -> dict[str, ServerOptions]:
         if chosen > _HIGHEST:
             raise InputError(f"{key}.port", chosen, f"at most {_HIGHEST}")
         port = max(port, chosen) + 1
-        servers[path] = ServerOptions(host=own.host, port=chosen, deadline=deadline, wait=own.wait)
+        servers[path] = ServerOptions(
+            host=own.host, port=chosen, deadline=deadline, wait=own.wait, look=own.look
+        )
     return servers
 
 

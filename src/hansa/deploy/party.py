@@ -53,6 +53,8 @@ class Upward(_Section):
     than that of the federation above."""
     runtime_port: int = Field(9094, ge=1, le=65535)
     """Port on this machine through which the SuperNode's own processes talk to it."""
+    look: float = Field(3.0, ge=0.1, le=60)
+    """Seconds between two looks of an idle SuperNode for what is asked of it."""
 
 
 class Party(_Section):

@@ -62,11 +62,15 @@ class Supervisor:
         self._submitted = 0.0
         self._log_start = 0
 
-    def check(self) -> None:
+    def check(self, is_looked_at: bool = False) -> None:
         """Refuse what is bound to fail, before anything is started.
 
+        Args:
+            is_looked_at: whether another process has looked at the party's rules just now.
+
         Raises:
-            InputError: a certificate, a key or a port that cannot be used.
+            InputError: a certificate, a key or a port that cannot be used, or rules that cannot be
+                kept.
         """
         server, upward = self.party.server, self.party.upward
         for part in PARTS:
@@ -84,6 +88,10 @@ class Supervisor:
                     str(self.folder / "member" / "node.key"), "no such file", "the node's key"
                 )
             check_port("upward.runtime_port", "127.0.0.1", upward.runtime_port)
+        if self.party.rules is not None and not is_looked_at:
+            from hansa.deploy.holding import Holding  # PyTorch's seconds are for rules only
+
+            Holding.of(self.party, self.folder).releases()
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT.
@@ -93,7 +101,7 @@ class Supervisor:
         """
         with _alone(self.folder), _stopping() as is_stopped:
             try:
-                self.check()
+                self.check(is_looked_at=VARIABLE in os.environ)  # by `up`
                 while not is_stopped():
                     if self.party.server is not None:
                         self._superlink()
@@ -367,7 +375,8 @@ def _supernode_command(folder: Path, party: Party) -> list[str]:
     assert party.upward is not None  # noqa: S101 for mypy
     member = folder / "member"
     return [
-        str(Path(sys.executable).with_name("flower-supernode")),
+        *(sys.executable, "-m", "hansa.federation.engines.flower.supernode"),
+        str(party.upward.look),
         *("--superlink", party.upward.superlink, "--port", str(party.upward.runtime_port)),
         *("--isolation", "process"),
         *("--root-certificates", str(member / "superlink-ca.crt")),

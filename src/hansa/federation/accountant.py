@@ -7,8 +7,11 @@ Theorem 21 of Balle et al., "Hypothesis Testing Interpretations and Renyi Differ
 """
 
 import logging
+import math
 import warnings
+from collections.abc import Iterable
 from functools import lru_cache
+from importlib.util import find_spec
 
 from hansa.errors import InputError
 
@@ -20,29 +23,56 @@ _ORDERS = [
 """Any order gives a valid bound; the high ones are the best where there is much noise."""
 
 
-@lru_cache(maxsize=4096)
-def spent(noise: float, rate: float, steps: int, delta: float) -> float:
-    """Return epsilon of a number of subsampled Gaussian mechanisms.
+Mechanisms = tuple[float, float, int]
+"""Some subsampled Gaussian mechanisms of one kind: standard deviation of the noise over the
+sensitivity; chance with which a record is in a step, 1 without sampling; how many there were."""
+
+
+def spent(mechanisms: Iterable[Mechanisms], delta: float) -> float:
+    """Return epsilon of all that was done with the same data.
 
     Args:
-        noise: standard deviation of the noise over the sensitivity, above 0.
-        rate: chance with which a record is in a step, 1 without sampling.
-        steps: number of mechanisms, at least 1.
+        mechanisms: what was done, in any order.
         delta: the delta at which epsilon is wanted.
+
+    Returns:
+        0 after nothing, infinity where something had no noise.
 
     Raises:
         InputError: Opacus is not installed.
     """
+    done = tuple(sorted(each for each in mechanisms if each[2] > 0))
+    if not done:
+        return 0.0
+    return math.inf if any(noise == 0 for noise, _, _ in done) else _composed(done, delta)
+
+
+def check_installed() -> None:
+    """Refuse to go on without the library that computes epsilon, without importing it.
+
+    Raises:
+        InputError: Opacus is not installed.
+    """
+    if find_spec("opacus") is None:
+        raise _missing()
+
+
+def _missing() -> InputError:
+    return InputError(
+        "privacy", "no library 'opacus', which computes epsilon", "pip install hansa[language]"
+    )
+
+
+@lru_cache(maxsize=4096)
+def _composed(mechanisms: tuple[Mechanisms, ...], delta: float) -> float:
     handlers = list(logging.root.handlers)
     try:
         from opacus.accountants import RDPAccountant
     except ImportError as error:
-        raise InputError(
-            "privacy", "no library 'opacus', which computes epsilon", "pip install hansa[language]"
-        ) from error
+        raise _missing() from error
     logging.root.handlers[:] = handlers  # the library's import adds one, which prints our own log
     accountant = RDPAccountant()
-    accountant.history = [(noise, rate, steps)]
+    accountant.history = list(mechanisms)
     with warnings.catch_warnings():
         # At either end of the orders the bound is only looser than it could be.
         warnings.filterwarnings("ignore", message="Optimal order is the")

@@ -114,7 +114,7 @@ class Federation:
         for path in handed_down:
             # A model or method that cannot be trained so is refused here.
             if self.setup.at(path).privacy is not None:
-                _check_private(path, method)
+                check_private(f"nodes.{name_of(path)}.privacy", method)
         method.check(self.setup, self.tree.depth)
         check_batches(model, clients, self.setup.training.batch_size)
         _check_newcomers(participation or Participation(), self.tree, rules or {})
@@ -173,7 +173,8 @@ class Federation:
     ) -> Iterator[RoundResult]:
         from hansa.federation.engines.flower.simulation import simulation  # needs an extra
 
-        with self._engine as engine, simulation(engine) as simulated:
+        workers = self._options.workers
+        with self._engine as engine, simulation(engine, workers) as simulated:
             for number in range(first, last + 1):
                 due = is_due(number, last, score_every)
                 yield simulated.round(number, due, pairs=pairs and number == last)
@@ -287,10 +288,17 @@ def _pooled(
     return {"pooled": Client.pooled(clients.values())}, training
 
 
-def _check_private(path: str, method: Method) -> None:
+def check_private(key: str, method: Method) -> None:
     """Refuse methods whose looks at private data the accountant would not count, or not all.
 
     It counts one look at each batch, by the step that all methods share.
+
+    Args:
+        key: where privacy is asked for.
+        method: the node's.
+
+    Raises:
+        InputError: such a method.
     """
     kind = type(method)
     plain = all(
@@ -299,7 +307,7 @@ def _check_private(path: str, method: Method) -> None:
     )
     if not plain or method.scored == "tuned":
         raise InputError(
-            f"nodes.{name_of(path)}.privacy",
+            key,
             f"method {method.name!r}, whose training is its own",
             "fedavg, fedper, lg-fedavg, local, hierfavg, diloco or worldlm",
         )

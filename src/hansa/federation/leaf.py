@@ -17,20 +17,16 @@ from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Method, Work, scheduled, training_metrics
 from hansa.federation.node import Node, Setup
 from hansa.federation.optimizer import Training
-from hansa.federation.privacy import affordable, epsilon, noised, poisson
+from hansa.federation.privacy import noised, poisson
+from hansa.federation.spending import SPENT, counted, opened, spent, told
 from hansa.federation.tree import name_of
 from hansa.models.task import Batch
-from hansa.seeding import generator, global_stream
+from hansa.seeding import Keystream, generator, global_stream
 
 Metrics = dict[str, tuple[float, float]]
 Trained = tuple[State, Message, Metrics]
 Scores = dict[str, Metrics]
 SCORED_SPLITS: tuple[Split, ...] = ("validation", "test")
-
-
-PRIVATE_STEPS = "private_steps"
-SPENT: Metrics = {"spent": (1.0, 1.0)}
-"""What is told of a node whose privacy budget does not allow for the round."""
 
 
 class DivergedError(ArithmeticError):
@@ -113,7 +109,7 @@ class Leaf:
             metrics = {}
             if setup.privacy.unit == "update":
                 start = self.method.begin(node, state)["params"]
-                rng = generator(self.seed, node.path, node.round, "privacy")
+                rng = self._private(node, node.round, "privacy")
                 work = {**work, "params": noised(setup.privacy, start, work["params"], rng)}
         if setup.moments and job.scored and job.client.count("test"):
             model = self.method.trained(setup, work)
@@ -135,8 +131,10 @@ class Leaf:
         Raises:
             DivergedError: the training loss or the weights became infinite or NaN.
         """
-        if not is_affordable(node, job.state):
+        private = opened(node, job.state)
+        if private is None:
             return counted(state, job.state), Message(), SPENT
+        node = private
         epochs = node.setup.training.epochs
         work = self.fit(node, self.method.begin(node, state), job.client, epochs)
         work, metrics = self._released(node, job, state, work)
@@ -275,8 +273,20 @@ class Leaf:
         if setup.privacy is None or setup.privacy.unit == "update":
             order = self.order(node, stage, epoch)
             return [order[start : start + size] for start in range(0, len(order), size)]
-        rng = generator(self.seed, node.path, self.method.order_of(node), stage, epoch, "drawn")
+        rng = self._private(node, self.method.order_of(node), stage, epoch, "drawn")
         return poisson(node.samples, size, setup.training.batches(node.samples), rng)
+
+    def _private(self, node: Node, *purpose: str | int) -> torch.Generator | Keystream:
+        """Return what private draws come from: the run's seed, or in a deployment a secret.
+
+        Raises:
+            RuntimeError: nobody has counted the release that they would be for.
+        """
+        if node.setup.releases is None:
+            return generator(self.seed, node.path, *purpose)
+        if node.setup.release is None:
+            raise RuntimeError(f"{node.path} would let out what it has not counted")
+        return node.setup.release.stream(*purpose)
 
     def fit(self, node: Node, work: Work, client: Client, epochs: int) -> Work:
         """Return the work after all stages of local training.
@@ -298,52 +308,6 @@ class Leaf:
                 check_work(node, work)
                 work = scheduled(node, self.method.after(node, work, stage))
         return work
-
-
-def is_affordable(node: Node, state: State) -> bool:
-    """Tell whether a node's privacy budget allows for one more round of training."""
-    privacy = node.setup.privacy
-    if privacy is None:
-        return True
-    size, done = node.setup.training.batch_size, _done(state)
-    return affordable(privacy, node.samples, size, done, _private_steps(node))
-
-
-def spent(node: Node, before: State) -> dict[str, int]:
-    """Return what a node keeps of its private steps, this round's included."""
-    done = _done(before)
-    return {PRIVATE_STEPS: done + _private_steps(node)}
-
-
-def counted(state: State, before: State) -> State:
-    """Return a state that knows as many private steps as an earlier one of the same node."""
-    if PRIVATE_STEPS not in before.scalars:
-        return state
-    steps = before.scalars[PRIVATE_STEPS]
-    return replace(state, scalars={**state.scalars, PRIVATE_STEPS: steps})
-
-
-def told(node: Node, state: State) -> Metrics:
-    """Return the privacy that a node has spent so far as (sum, count); nothing without any."""
-    privacy = node.setup.privacy
-    if privacy is None or not privacy.noise:  # without noise it is infinite
-        return {}
-    done = _done(state)
-    size = node.setup.training.batch_size
-    return {"epsilon": (epsilon(privacy, node.samples, size, done), 1.0)}
-
-
-def _done(state: State) -> int:
-    """Return the private steps behind a state."""
-    return int(state.scalars.get(PRIVATE_STEPS, 0))
-
-
-def _private_steps(node: Node) -> int:
-    """Return how often a round looks at a node's data, as its accountant counts."""
-    setup = node.setup
-    if setup.privacy is not None and setup.privacy.unit == "update":
-        return 1
-    return setup.training.batches(node.samples) * setup.training.epochs
 
 
 def check_work(node: Node, work: Work) -> None:

@@ -9,6 +9,7 @@ from hansa.errors import InputError
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.optimizer import Training
 from hansa.federation.privacy import Privacy, PrivateTask, check_model
+from hansa.federation.releases import Release, Releases
 from hansa.federation.rules import Rules
 from hansa.models.task import Task
 
@@ -33,6 +34,10 @@ class Setup:
     """Whether a model is scored twice: after the aggregation, and after its local steps."""
     privacy: Privacy | None = None
     """Set in the setup of one node (``at``) whose training is differentially private."""
+    releases: Releases | None = None
+    """In a deployment, where the one node that this setup is for counts what it lets out."""
+    release: Release | None = None
+    """Set while that node trains for one of them (``releasing``)."""
 
     @property
     def uneven(self) -> bool:
@@ -64,6 +69,13 @@ class Setup:
         if privacy is not None and privacy.unit == "gradient":
             task = PrivateTask(task, privacy, training.batch_size)
         return replace(self, task=task, training=training, privacy=privacy)
+
+    def releasing(self, release: Release) -> "Setup":
+        """Return the setup of a private node for one release, with noise that is for it alone."""
+        task = self.task
+        if isinstance(task, PrivateTask):
+            task = task.drawing(release.stream("gradients"))
+        return replace(self, task=task, release=release)
 
     @property
     def shared_buffers(self) -> Tensors:

@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from hansa.errors import InputError
-from hansa.federation.accountant import spent
+from hansa.federation.accountant import Mechanisms, spent
 from hansa.models.objective import Metrics
 from hansa.models.task import Batch, Task, Tensors
-from hansa.seeding import global_stream
+from hansa.seeding import Keystream, global_stream
 
 _CHUNK = 2**26
 """Most numbers that per-example gradients hold at once: 256 MiB in float32."""
@@ -45,7 +45,8 @@ class Privacy(BaseModel):
     delta: float = Field(1e-5, gt=0, lt=1, strict=True)
     """Probability with which epsilon may fail to hold; below one over the number of records."""
     epsilon: float | None = Field(None, gt=0, allow_inf_nan=False, strict=True)
-    """Budget over the whole run: a node stops contributing before it would spend more."""
+    """Budget over the whole run, in a deployment over all of the node's: a node stops contributing
+    before it would spend more."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Privacy":
@@ -81,18 +82,24 @@ class PrivateTask(Task):
         batch_size: the expected number of examples in a batch, which the sum is divided by. It
             must not depend on the batch, whose size is a secret under Poisson sampling.
         chunk_size: examples whose gradients are held at once; by default as memory allows.
+        rng: where the noise comes from; PyTorch's global CPU stream by default.
 
     Raises:
         InputError: the model has running statistics, or layers that mix the examples of a batch.
     """
 
     def __init__(
-        self, task: Task, privacy: Privacy, batch_size: int, chunk_size: int | None = None
+        self,
+        task: Task,
+        privacy: Privacy,
+        batch_size: int,
+        chunk_size: int | None = None,
+        rng: Keystream | None = None,
     ) -> None:
         check_model(task.module)
         vars(self).update(vars(task))
         self._task, self._privacy, self._batch_size = task, privacy, batch_size
-        self._chunk_size = chunk_size
+        self._chunk_size, self._rng = chunk_size, rng
         self._plans: dict[tuple[frozenset[str], bool], _Plan] = {}
 
     def adapted(self, adapt: Callable[[nn.Module], nn.Module]) -> Task:
@@ -100,7 +107,11 @@ class PrivateTask(Task):
         task = self._task.adapted(adapt)
         if task is self._task:
             return self
-        return PrivateTask(task, self._privacy, self._batch_size, self._chunk_size)
+        return PrivateTask(task, self._privacy, self._batch_size, self._chunk_size, self._rng)
+
+    def drawing(self, rng: Keystream) -> "PrivateTask":
+        """Return the same task with noise from a stream of its own."""
+        return PrivateTask(self._task, self._privacy, self._batch_size, self._chunk_size, rng)
 
     def loss(
         self, params: Tensors, buffers: Tensors, batch: Batch, training: bool = True
@@ -114,8 +125,8 @@ class PrivateTask(Task):
         """Return private gradients, the buffers unchanged, and metrics without noise.
 
         Abadi et al. 2016, Algorithm 1: (sum of clipped gradients + N(0, sigma^2 S^2)) / batch size.
-        An example's gradient is that of the task's loss on a batch of it alone. The noise comes
-        from PyTorch's global CPU stream, in the order of the names.
+        An example's gradient is that of the task's loss on a batch of it alone. The noise is drawn
+        in the order of the names.
 
         Args:
             params: name -> parameter.
@@ -139,7 +150,7 @@ class PrivateTask(Task):
             metrics = {name: total + found[name].sum(0) for name, total in metrics.items()}
         if self._privacy.noise:
             for name in sorted(sums):
-                sums[name] = _added(sums[name], self._privacy.deviation, None)
+                sums[name] = _added(sums[name], self._privacy.deviation, self._rng)
         mean = {name: total / self._batch_size for name, total in sums.items()}
         return {name: mean.get(name) for name in params}, dict(buffers), metrics
 
@@ -213,7 +224,7 @@ class PrivateTask(Task):
 
 
 def noised(
-    privacy: Privacy, before: Tensors, after: Tensors, rng: torch.Generator
+    privacy: Privacy, before: Tensors, after: Tensors, rng: torch.Generator | Keystream
 ) -> dict[str, torch.Tensor]:
     """Return ``before`` plus the update, clipped over all tensors, plus N(0, sigma^2 S^2).
 
@@ -253,7 +264,9 @@ def noised(
     return {name: out[name] for name in after}
 
 
-def poisson(samples: int, batch_size: int, steps: int, rng: torch.Generator) -> list[torch.Tensor]:
+def poisson(
+    samples: int, batch_size: int, steps: int, rng: torch.Generator | Keystream
+) -> list[torch.Tensor]:
     """Return, for each step, the positions of a batch in which each sample is by its own chance.
 
     That is the sampling under which the accountant's amplification holds; shuffled batches of one
@@ -269,8 +282,19 @@ def poisson(samples: int, batch_size: int, steps: int, rng: torch.Generator) -> 
         ``steps`` tensors of int64 positions, ascending; some may be empty.
     """
     rate = _rate(samples, batch_size)
-    draws = (torch.rand(samples, generator=rng, dtype=torch.float64) for _ in range(steps))
-    return [(draw < rate).nonzero().flatten() for draw in draws]
+
+    def draw() -> torch.Tensor:
+        if isinstance(rng, Keystream):
+            return rng.uniform(samples)
+        return torch.rand(samples, generator=rng, dtype=torch.float64)
+
+    return [(draw() < rate).nonzero().flatten() for _ in range(steps)]
+
+
+def mechanisms(privacy: Privacy, samples: int, batch_size: int, steps: int) -> Mechanisms:
+    """Return what some steps are to the accountant; see ``epsilon`` for the arguments."""
+    rate = _rate(samples, batch_size) if privacy.unit == "gradient" else 1.0
+    return privacy.noise, rate, steps
 
 
 def epsilon(privacy: Privacy, samples: int, batch_size: int, steps: int) -> float:
@@ -292,12 +316,7 @@ def epsilon(privacy: Privacy, samples: int, batch_size: int, steps: int) -> floa
     Raises:
         InputError: Opacus is not installed.
     """
-    if steps <= 0:
-        return 0.0
-    if not privacy.noise:
-        return math.inf
-    rate = _rate(samples, batch_size) if privacy.unit == "gradient" else 1.0
-    return spent(privacy.noise, rate, steps, privacy.delta)
+    return spent([mechanisms(privacy, samples, batch_size, steps)], privacy.delta)
 
 
 def affordable(privacy: Privacy, samples: int, batch_size: int, done: int, more: int) -> bool:
@@ -355,7 +374,12 @@ def _update(before: Tensors, after: Tensors, name: str) -> torch.Tensor:
     return after[name].double() - before[name].double()
 
 
-def _added(tensor: torch.Tensor, deviation: float, rng: torch.Generator | None) -> torch.Tensor:
+def _added(
+    tensor: torch.Tensor, deviation: float, rng: torch.Generator | Keystream | None
+) -> torch.Tensor:
     # In float64, whose normal draws reach farther into the tails than those of float32.
-    noise = torch.randn(tensor.shape, generator=rng, dtype=torch.float64).mul_(deviation)
-    return (tensor + noise.to(tensor.device)).to(tensor.dtype)
+    if isinstance(rng, Keystream):
+        noise = rng.normal(tensor.shape)
+    else:
+        noise = torch.randn(tensor.shape, generator=rng, dtype=torch.float64)
+    return (tensor + noise.mul_(deviation).to(tensor.device)).to(tensor.dtype)

@@ -24,7 +24,6 @@ from hansa.federation.compiled import Program, Programs, fill, masked
 from hansa.federation.engines.plan import Plan
 from hansa.federation.leaf import (
     SCORED_SPLITS,
-    SPENT,
     DivergedError,
     Job,
     Leaf,
@@ -32,13 +31,13 @@ from hansa.federation.leaf import (
     Scores,
     Trained,
     check_work,
-    is_affordable,
 )
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Work, scheduled
 from hansa.federation.node import Node, Setup
 from hansa.federation.optimizer import Training
 from hansa.federation.pool import Pool
+from hansa.federation.spending import SPENT, opened
 from hansa.models.task import Batch, PureTask
 from hansa.seeding import global_stream
 
@@ -87,8 +86,8 @@ class Stack:
         method, items, about = self.leaf.method, [], []
         found: dict[int, Trained | DivergedError] = {}
         for number, job in enumerate(jobs):
-            node = self.leaf.node(job)
-            if not is_affordable(node, job.state):
+            node = opened(self.leaf.node(job), job.state)
+            if node is None:
                 found[number] = job.state, Message(), SPENT
                 continue
             state = method.receive(node, job.state, job.down)

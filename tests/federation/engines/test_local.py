@@ -170,7 +170,7 @@ def test_every_client_is_scored_whoever_took_part() -> None:
 
 
 def test_pytorchs_threads_are_given_back() -> None:
-    before = torch.get_num_threads()
+    torch.set_num_threads(before := 2)  # for the fixture of all these tests to put back
     with engine(FedAvg()):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before

@@ -18,7 +18,7 @@ from hansa.federation.engines.local import LocalEngine
 from hansa.federation.engines.plan import EngineOptions
 from hansa.federation.federation import Federation
 from hansa.federation.history import History
-from hansa.federation.leaf import PRIVATE_STEPS, Leaf
+from hansa.federation.leaf import Leaf
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods import DiLoCo, FedAvg, FedPer, HierFAVG, Method, WorldLM
 from hansa.federation.methods.base import Work
@@ -28,6 +28,7 @@ from hansa.federation.participation import Participation
 from hansa.federation.privacy import Privacy, PrivateTask, epsilon
 from hansa.federation.rules import Rules
 from hansa.federation.server import ServerOptimizer
+from hansa.federation.spending import PRIVATE_STEPS
 from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import encode, encoded_size
 from hansa.models.objective import NextToken, Objective

@@ -20,12 +20,12 @@ from hansa.federation.leaf import (
     Leaf,
     Metrics,
     Scores,
-    counted,
 )
 from hansa.federation.message import Message, State
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Child, Node, Reply, Setup
 from hansa.federation.participation import Fate, Participation
+from hansa.federation.spending import counted
 from hansa.federation.store import MemoryStore, Store, link_key
 from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import encoded_size

@@ -227,7 +227,8 @@ class RemoteEngine(Engine):
                     self._missed[ask.path] = ask.round
                 continue
             csr = csr_size(reply)
-            fate: Fate = "spent" if "spent" in metrics and self.tree.is_leaf(ask.path) else "ok"
+            # Of a federation it is its server that trains no more; its members' work is here.
+            fate: Fate = "ok" if reply or "spent" not in metrics else "spent"
             visits.append(Visit(ask.path, fate, ask.size, up, csr, seconds, metrics, told))
             if reply:
                 yield ask.path, reply

@@ -88,8 +88,12 @@ def _states(folder: Path, path: str) -> Path:
 
 
 @contextmanager
-def simulation(local: LocalEngine) -> Iterator[SimulatedEngine]:
+def simulation(local: LocalEngine, workers: int = 0) -> Iterator[SimulatedEngine]:
     """Yield a federation on Flower's simulation, which ends with the block.
+
+    Args:
+        local: the federation.
+        workers: processes that train clients; 0 starts one per core.
 
     Raises:
         InputError: the model cannot be sent to another process, or the simulation did not start.
@@ -103,7 +107,7 @@ def simulation(local: LocalEngine) -> Iterator[SimulatedEngine]:
                 _put(_states(folder, path), path, state)
         for number, client in enumerate(clients.values()):
             client.save(folder / f"{number}.safetensors")
-        with _grid(_Nodes(folder, local.leaf, list(clients)), len(clients)) as grid:
+        with _grid(_Nodes(folder, local.leaf, list(clients)), len(clients), workers) as grid:
             yield SimulatedEngine(local, grid, folder)
 
 
@@ -116,7 +120,7 @@ def _put(folder: Path, path: str, state: State) -> None:
 
 
 @contextmanager
-def _grid(nodes: "_Nodes", num: int) -> Iterator[Grid]:
+def _grid(nodes: "_Nodes", num: int, workers: int) -> Iterator[Grid]:
     """Yield the Grid of a simulation that runs in a thread until the block ends."""
     came: Queue[Grid | BaseException] = Queue()
     over = threading.Event()
@@ -127,7 +131,7 @@ def _grid(nodes: "_Nodes", num: int) -> Iterator[Grid]:
 
     def run() -> None:
         try:
-            cores = min(num, os.cpu_count() or 1)
+            cores = min(num, workers or os.cpu_count() or 1)
             options: Any = {
                 "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
                 "init_args": {
