@@ -16,7 +16,7 @@ pytestmark = pytest.mark.acceptance
 EXAMPLE = Path(__file__).parents[2] / "examples" / "safeguard.toml"
 
 
-LRS = [0.03, 0.1, 0.3]
+LRS = [0.1, 0.3, 1.0]
 ROLES = ["before", "safeguarded"]
 SEEDS = [pytest.param(seed, marks=pytest.mark.xdist_group(f"seed {seed}")) for seed in (0, 1)]
 
