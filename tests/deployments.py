@@ -6,10 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import tomli_w
 from typer.testing import CliRunner
@@ -19,25 +20,43 @@ from hansa.deploy.party import told
 from hansa.federation.message import State
 from hansa.federation.store import DiskStore
 from hansa.runs import Run
-from support import same
+from support import is_taken, same
 
 BIN = Path(sys.executable).parent
+_HELD: list[IO[str]] = []
 PATIENCE = 240.0
 LOOK = 0.5
 """What an idle SuperNode sleeps: Flower's own three seconds would be most of a test's time."""
 
 
 def ports(num: int) -> int:
-    """The first of some free ports in a row."""
-    start = 20000 + 50 * (os.getpid() % 400)  # far from what another of pytest's workers takes
-    while True:
-        try:
-            for port in (start + base + k for base in (0, 1000, 2000) for k in range(num)):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
+    """The first of some free ports in a row, which no other test on this machine is given.
+
+    What is started later binds others 1000, 1500 and 2000 above them. All of them lie below those
+    that the system hands out by itself.
+    """
+    places = [12000 + 50 * (60 * k + n) for k in range(6) for n in range(20)]
+    first = os.getpid() % len(places)
+    for start in (*places[first:], *places[:first]):
+        lock = (Path(tempfile.gettempdir()) / f"hansa-tests-ports-{start}.lock").open("w")
+        if is_taken(lock) and all(map(_is_free, _spread(start, num))):
+            _HELD.append(lock)  # until this process ends
             return start
+        lock.close()
+    raise AssertionError("no free ports")
+
+
+def _spread(start: int, num: int) -> list[int]:
+    return [start + base + k for base in (0, 1000, 1500, 2000) for k in range(num)]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
         except OSError:
-            start += 50
+            return False
+        return True
 
 
 def hansa(*arguments: str | Path) -> None:

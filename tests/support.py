@@ -198,13 +198,13 @@ def in_turn(*places: int) -> Iterator[None]:
             open_files.enter_context((folder / f"hansa-tests-{place}.lock").open("w"))
             for place in places
         ]
-        while not any(map(_is_taken, locks)):
+        while not any(map(is_taken, locks)):
             time.sleep(0.2)
         yield
 
 
-def _is_taken(lock: IO[str]) -> bool:
-    """Take a lock if nobody has it."""
+def is_taken(lock: IO[str]) -> bool:
+    """Take the lock of a file if nobody has it, and tell whether that was so."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
