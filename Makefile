@@ -37,6 +37,7 @@ bench: setup
 	$(BIN)/python benchmarks/sparse_training.py --quick --threads 1
 	$(BIN)/python benchmarks/worldlm.py --quick
 	$(BIN)/python benchmarks/curation.py --quick
+	$(BIN)/python benchmarks/audit.py --quick
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

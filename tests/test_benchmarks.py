@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from hansa.audit.tamper import OPERATORS
+from hansa.auditing import load as load_audit
 from hansa.config import load
 from hansa.data.federate import DataOptions, federate
 from hansa.federation.methods import METHODS
@@ -97,3 +99,13 @@ def test_every_row_of_the_pruning_benchmark_is_valid() -> None:
     for task in pruning.tasks("x.parquet", quick=True).values():
         DataOptions.model_validate(task.source)
         build(Architecture(**task.model, shape=(3, 16, 16), classes=10))
+
+
+def test_the_audit_benchmark_is_valid(tmp_path) -> None:
+    module = loaded("audit")
+    for quick in (True, False):
+        options = load_audit(module.config(quick, tmp_path, ""))
+        assert {arm.operator for arm in options.chosen} == set(OPERATORS)
+    found = module.entities()
+    assert set(found) == {"DATE", "GPE", "ORG", "PERSON"}
+    assert all(row["precision"] > 0.9 and row["recall"] > 0.9 for row in found.values())

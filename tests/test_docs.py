@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hansa.audit.options import DEFENCES, ArmOptions, AuditOptions, GateOptions, TargetOptions
+from hansa.audit.plan import read_plan
+from hansa.auditing import load as load_audit
 from hansa.config import load
 from hansa.curation.options import CurationOptions, Guard, ThresholdOptions, WarmUp
 from hansa.curation.scores import SCORES
@@ -70,6 +73,27 @@ def test_every_score_and_option_of_curation_is_documented() -> None:
     keys = {key for kind in kinds for key in kind.model_fields}
     keys |= {f"guard.{key}" for key in Guard.model_fields} - {"guard.action"}
     assert not [key for key in keys if f"`{key}" not in text and f"curation.{key}" not in text]
+
+
+def test_code_about_audits_runs(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for code in blocks(ROOT / "docs" / "audit.md", "python"):
+        exec(code, {})  # noqa: S102
+    assert "no answer, since schema" in capsys.readouterr().out
+    assert "not-written" not in (tmp_path / "traffic.jsonl").read_text()
+
+
+def test_every_option_of_audits_is_documented_and_the_example_and_the_plan_are_valid() -> None:
+    import tomllib
+
+    text = (ROOT / "docs" / "audit.md").read_text()
+    kinds = (AuditOptions, TargetOptions, ArmOptions)
+    keys = {key for kind in kinds for key in kind.model_fields} - {"model", "kind"}
+    keys |= {f"gate.{key}" for key in GateOptions.model_fields} | set(DEFENCES)
+    assert not [key for key in keys if f"`{key}`" not in text]
+    load_audit(ROOT / "examples" / "audit.toml")
+    (plan,) = blocks(ROOT / "docs" / "audit.md", "toml")
+    assert len(read_plan(tomllib.loads(plan)).rules) == 2
 
 
 def test_every_scorer_and_option_of_pruning_is_documented() -> None:

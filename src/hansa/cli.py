@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hansa.cli_audit import app as audit_app
 from hansa.errors import InputError
 
 app = typer.Typer(
@@ -234,6 +235,7 @@ def report(
         print(f"report: {page}")
 
 
+app.add_typer(audit_app, name="audit")
 deploy = typer.Typer(rich_markup_mode=None, help="Run a federation on machines of its members.")
 app.add_typer(deploy, name="deploy")
 

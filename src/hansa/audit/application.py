@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hansa.audit.cases import Case
+from hansa.audit.cases import Case, answering
 from hansa.audit.defences import (
     AllowList,
     Cited,
@@ -25,7 +25,6 @@ from hansa.audit.defences import (
 from hansa.audit.domains import DOMAINS, Domain
 from hansa.audit.made import FIXTURES, made_cases
 from hansa.audit.manipulate import Arm
-from hansa.audit.paths import Path
 from hansa.audit.prompts import Prompt
 from hansa.audit.signing import Received, new_key, sign
 from hansa.audit.tamper import encoded
@@ -75,15 +74,6 @@ def defence_of(name: str, domain: Domain, service: Service) -> Defence:
     return parts[0] if len(parts) == 1 else Stack(parts)
 
 
-def answering(domain: Domain) -> list[str]:
-    """Return the fields that answer any question of a domain, numbers of lists as stars."""
-    found: dict[str, None] = {}
-    for case in domain.cases:
-        for field in case.fields:
-            found[_starred(field.path)] = None
-    return list(found)
-
-
 @dataclass(frozen=True)
 class Asking:
     """A response after a defence has looked at it.
@@ -124,7 +114,7 @@ def reviewed(defence: Defence, answer: str, asking: Asking) -> tuple[str, str, f
 
 
 def _single(name: str, domain: Domain, service: Service) -> Defence:
-    paths = answering(domain)
+    paths = answering(domain.cases)
 
     def by_url(document: Callable[[Case], Any]) -> Callable[[Mapping[str, Any]], Any]:
         known = {(c.request.get("url"), c.request.get("time")): c for c in domain.cases}
@@ -157,10 +147,3 @@ def _samples(domain: Domain) -> list[Any]:
     if domain.name in DOMAINS:
         return [case.document for case in made_cases(domain.name, SAMPLES, FIXTURES + 1)]
     return [case.document for case in domain.cases]
-
-
-def _starred(path: Path) -> str:
-    text = ""
-    for step in path:
-        text += "[*]" if isinstance(step, int) else (f".{step}" if text else step)
-    return text

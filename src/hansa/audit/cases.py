@@ -1,6 +1,6 @@
 """Cases: a question, the request it became, the response to it, and which fields answer it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,16 @@ class Case:
         if self.labels:
             entry["labels"] = [list(label) for label in self.labels]
         return entry
+
+
+def answering(cases: Iterable[Case]) -> list[str]:
+    """Return the fields that answer any of some questions, entries of lists as stars."""
+    found: dict[str, None] = {}
+    for case in cases:
+        for each in case.fields:
+            steps = ["[*]" if isinstance(step, int) else f".{step}" for step in each.path]
+            found["".join(steps).removeprefix(".")] = None
+    return list(found)
 
 
 def case_from(entry: Any, domain: str, key: str = "case") -> Case:

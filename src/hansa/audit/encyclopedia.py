@@ -1,10 +1,11 @@
 """Encyclopedia: dates in text, in the shape of MediaWiki's ``action=query&prop=extracts``."""
 
+from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
 from hansa.audit.cases import Case, Field
-from hansa.audit.entities import MONTHS, words
+from hansa.audit.entities import MONTHS, date_of, words
 from hansa.audit.manipulate import occurrences
 from hansa.audit.matching import Value
 from hansa.audit.names import person, place
@@ -40,15 +41,30 @@ _LEADS = ("{subject} was {event} on {date} {tail}.", "On {date} {subject} was {e
 
 
 def faults(document: Any, now: float | None = None) -> list[str]:
-    """Return what contradicts itself: the length that the response states for its text."""
-    found = []
-    page = parse("query.pages[0]")
-    if exists(document, page) and isinstance(entry := look(document, page), dict):
-        text, length = entry.get("extract"), entry.get("length")
-        if isinstance(text, str) and isinstance(length, int) and len(text.encode()) != length:
-            found.append(
-                f"a text of {len(text.encode())} bytes whose length is said to be {length}"
-            )
+    """Return what cannot be: dates after the request, a life in the wrong order.
+
+    Args:
+        document: a response.
+        now: the time of the request in seconds since 1970; None leaves the future unchecked.
+    """
+    path = parse(EXTRACT)
+    text = look(document, path) if exists(document, path) else None
+    if not isinstance(text, str):
+        return []
+    found, told = [], dict[str, int]()
+    for sentence in text.split(". "):
+        date = date_of(sentence)
+        if date is None:
+            continue
+        if now is not None and date[0] > datetime.fromtimestamp(now, UTC).year:
+            found.append(f"the year {date[0]}, which is still to come")
+        told |= {event: date[0] for event in ("born", "buried") if f" {event} " in f" {sentence} "}
+        if "born" in told and date[0] < told["born"]:
+            found.append(f"something in {date[0]} before a birth in {told['born']}")
+        if "buried" in told and date[0] > told["buried"]:
+            found.append(f"something in {date[0]} after a burial in {told['buried']}")
+    if told.get("born", 0) > told.get("buried", 9999):
+        found.append(f"born in {told['born']} and buried in {told['buried']}")
     return found
 
 
@@ -78,7 +94,7 @@ def make(random: Random, number: int) -> Case:
         "ns": 0,
         "title": name,
         "lastrevid": revision,
-        "length": len(text.encode()),
+        "length": 3 * len(text) + random.randint(200, 2000),  # of the page's source
         "extract": text,
     }
     document = {"batchcomplete": True, "query": {"pages": [page]}}

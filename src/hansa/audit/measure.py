@@ -95,6 +95,7 @@ class Round:
             InputError: the target cannot answer; what was measured is kept.
         """
         memory: dict[str, str] = {}
+        edited: dict[tuple[str, str], Tampered | None] = {}
         for name in defences:
             defence = defence_of(name, self.domain, self.service)
             arms_ = [None, None, *arms] if name == "none" else [None, *arms]
@@ -103,71 +104,77 @@ class Round:
                 label = AGAIN if again else (BENIGN if arm is None else arm.name)
                 if watch is not None:
                     watch(f"{self.domain.name}, {name}, {label}", number, len(arms_))
-                self._arm(arm, label, name, defence, kept, {} if again else memory)
+                step = _Step(arm, label, name, defence, {} if again else memory, edited)
+                self._arm(step, kept)
 
-    def _arm(
-        self,
-        arm: Arm | None,
-        label: str,
-        name: str,
-        defence: Defence,
-        kept: Kept,
-        memory: dict[str, str],
-    ) -> None:
+    def _arm(self, step: "_Step", kept: Kept) -> None:
         pending: list[tuple[Case, Tampered | None, Asking]] = []
         for case in self.domain.cases:
-            if kept.row(self.stands, self.target.name, self.domain.name, case.id, label, name):
+            key = self.stands, self.target.name, self.domain.name, case.id, step.label, step.name
+            if kept.row(*key):
                 continue
-            made = None if arm is None else self.domain.tamper(case, arm, self.seed)
-            if arm is None or made is None:
-                if arm is not None:
-                    continue  # the arm does not apply to the case
+            made = None if step.arm is None else self._tampered(case, step)
+            if step.arm is None:
                 received = self.service.respond(case, case.document)
+            elif made is None:
+                continue  # the arm does not apply to the case
             else:
-                received = self.service.tampered(case, arm, made.document)
-            pending.append((case, made, checked(defence, case.question, received)))
+                received = self.service.tampered(case, step.arm, made.document)
+            pending.append((case, made, checked(step.defence, case.question, received)))
         at_once = self.target.at_once
         for start in range(0, len(pending), at_once):
             part = pending[start : start + at_once]
-            answers = self._answers([each for each in part if each[2].prompt], memory, label)
-            rows = []
-            for case, made, asking in part:
-                raw = answers.get(case.id, "")
-                told, reason, seconds = raw, asking.reason, asking.seconds
-                if asking.prompt is not None:
-                    told, reason, more = reviewed(defence, raw, asking)
-                    seconds += more
-                rows.append(
-                    {
-                        "stands": self.stands,
-                        "target": self.target.name,
-                        "domain": self.domain.name,
-                        "case": case.id,
-                        "arm": label,
-                        "defence": name,
-                        "answer": told,
-                        "blocked": bool(reason),
-                        "reason": reason,
-                        "seconds": round(seconds, 7),
-                        **_tampering(case, made),
-                    }
-                )
-            kept.add(rows)
+            answers = self._answers([each for each in part if each[2].prompt], step)
+            kept.add([self._row(case, made, asking, step, answers) for case, made, asking in part])
+
+    def _tampered(self, case: Case, step: "_Step") -> Tampered | None:
+        assert step.arm is not None  # noqa: S101 (only such arms tamper)
+        key = case.id, step.label
+        if key not in step.edited:
+            step.edited[key] = self.domain.tamper(case, step.arm, self.seed)
+        return step.edited[key]
+
+    def _row(
+        self,
+        case: Case,
+        made: Tampered | None,
+        asking: Asking,
+        step: "_Step",
+        answers: Mapping[str, str],
+    ) -> Row:
+        raw = answers.get(case.id, "")
+        told, reason, seconds = raw, asking.reason, asking.seconds
+        if asking.prompt is not None:
+            told, reason, more = reviewed(step.defence, raw, asking)
+            seconds += more
+        return {
+            "stands": self.stands,
+            "target": self.target.name,
+            "domain": self.domain.name,
+            "case": case.id,
+            "arm": step.label,
+            "defence": step.name,
+            "answer": told,
+            "blocked": bool(reason),
+            "reason": reason,
+            "seconds": round(seconds, 7),
+            **_tampering(case, made),
+        }
 
     def _answers(
         self,
         asked: Sequence[tuple[Case, Tampered | None, Asking]],
-        memory: dict[str, str],
-        label: str,
+        step: "_Step",
     ) -> dict[str, str]:
         """Return case -> answer; a prompt that always has one answer is asked once."""
         open_: list[Asked] = []
+        memory = step.memory
         texts: dict[str, str] = {}
         for case, _, asking in asked:
             assert asking.prompt is not None  # noqa: S101 (only such are asked)
             texts[case.id] = asking.prompt.text
             if not (self.target.repeats and asking.prompt.text in memory):
-                attempt = int(label == AGAIN)
+                attempt = int(step.label == AGAIN)
                 open_.append(Asked(asking.prompt, case, asking.received, attempt))
         told = dict(
             zip([each.case.id for each in open_], self.target.answer(open_), strict=True)
@@ -178,6 +185,27 @@ class Round:
             memory |= {texts[case]: answer for case, answer in told.items()}
             return {case: memory[text] for case, text in texts.items()}
         return told
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One arm under one defence.
+
+    Attributes:
+        arm: what is done to responses, None for nothing.
+        label: what results call it.
+        name: the defence's name.
+        defence: the defence.
+        memory: prompt -> answer, of targets that always give the same.
+        edited: (case id, label) -> the response after tampering, the same under all defences.
+    """
+
+    arm: Arm | None
+    label: str
+    name: str
+    defence: Defence
+    memory: dict[str, str]
+    edited: dict[tuple[str, str], Tampered | None]
 
 
 def standing(domain: Domain, target: Mapping[str, Any], seed: int, identity: str) -> str:

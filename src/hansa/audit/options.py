@@ -55,7 +55,7 @@ class TargetOptions(_Section):
     """Of a local model its folder; of a reader one that was saved, by default trained here."""
     template: str = "{question}\n{response}\n"
     """Of a bundle, how question and response become its prompt."""
-    steps: int = Field(520, ge=1, strict=True)
+    steps: int = Field(640, ge=1, strict=True)
     """Of a reader that is trained here, optimizer steps."""
     cases: int = Field(1500, ge=3, strict=True)
     """Of a reader that is trained here, made-up cases of a domain."""

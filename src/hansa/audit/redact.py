@@ -47,6 +47,7 @@ class Redactor:
         self, secrets: Iterable[str] = (), environment: Mapping[str, str] | None = None
     ) -> None:
         self._known: set[str] = set()
+        self._ordered: list[str] = []
         variables = os.environ if environment is None else environment
         for name, value in variables.items():
             if is_secret_name(name) and not os.path.isabs(value):
@@ -59,6 +60,8 @@ class Redactor:
         for form in (secret.strip(), quote(secret.strip(), safe=""), quote_plus(secret.strip())):
             if len(form) >= _LEAST:
                 self._known.add(form)
+        # The longest first, so that none is cut by one that is part of it.
+        self._ordered = sorted(self._known, key=len, reverse=True)
 
     def learn_headers(self, headers: Mapping[str, str]) -> None:
         """Remember the secrets among headers, with and without their scheme."""
@@ -79,11 +82,13 @@ class Redactor:
 
     def text(self, text: str) -> str:
         """Return a text without secrets."""
-        for secret in sorted(self._known, key=len, reverse=True):
+        for secret in self._ordered:
             text = text.replace(secret, HIDDEN)
-        text = _IN_URL.sub(_parameter, text)
-        text = _USER.sub(rf"\1{HIDDEN}@", text)
-        return _BEARER.sub(rf"\1 {HIDDEN}", text)
+        if "=" in text:
+            text = _IN_URL.sub(_parameter, text)
+        if "@" in text:
+            text = _USER.sub(rf"\1{HIDDEN}@", text)
+        return _BEARER.sub(rf"\1 {HIDDEN}", text) if " " in text else text
 
     def values(self, values: Any) -> Any:
         """Return JSON values without secrets; what a key named like one holds is hidden whole."""

@@ -107,7 +107,7 @@ class Constant:
         return ["It is as it is."] * len(asked)
 
 
-CALIBRATION = (Trusting, Verifying, Constant)
+CALIBRATION: tuple[type[Trusting | Verifying | Constant], ...] = (Trusting, Verifying, Constant)
 
 
 def mark(body: bytes) -> str:
