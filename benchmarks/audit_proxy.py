@@ -152,9 +152,7 @@ def running() -> Iterator[tuple[int, int]]:
 def _start(arguments: list[str], folder: str) -> subprocess.Popen[str]:
     command = [sys.executable, *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
 
 
 def _line(process: subprocess.Popen[str]) -> str:

@@ -45,14 +45,14 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             super().handle()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.server.asked.append((self.command, self.path, list(self.headers.items())))
         kind = self.path.partition("?")[0].rpartition("/")[2]
         getattr(self, f"send_{kind}", self.send_plain)()
 
     do_HEAD = do_GET  # noqa: N815
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         body = b""
         if "chunked" in self.headers.get("transfer-encoding", ""):
             while size := int(self.rfile.readline(), 16):

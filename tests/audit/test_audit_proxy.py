@@ -190,7 +190,7 @@ def test_it_expires_and_ends(upstream, tmp_path) -> None:
     with proxying(upstream.port, tmp_path, grace=1.0) as running:
         assert ask(running.port, "/v1/plain")[0] == 200
         running.deadline.seconds = 0.0
-        status, headers, body = ask(running.port, "/v1/plain")
+        status, _headers, body = ask(running.port, "/v1/plain")
         assert (status, body) == (503, b"the time of this proxy is over\n")
         assert until(lambda: not running.thread.is_alive())
         with pytest.raises(OSError, match="refused"):
