@@ -44,8 +44,8 @@ def proxy(
     """
     try:
         from hansa.audit import proxy_server
+        from hansa.audit.connections import Connections
         from hansa.audit.proxy import Proxy
-        from hansa.audit.proxy_traffic import reach
     except ImportError as error:
         found = f"no library {(error.name or '').partition('.')[0]!r}"
         raise InputError("audit proxy", found, "pip install hansa[audit]") from error
@@ -58,9 +58,9 @@ def proxy(
     service, tampering = upstream_of(upstream, allow or ()), read_plan(plan)
     if sample is not None:
         tampering.check(_document(sample))
-    redactor = Redactor()
-    listening = proxy_server.bind(host, port, off_loopback)
-    with listening:
+    redactor, transport = Redactor(), Connections(ca)
+    with proxy_server.bind(host, port, off_loopback) as listening:
+        proxy_server.check_no_loop(service, listening)
         deadline = proxy_server.Deadline(60 * options.minutes)
         written = ProxyLog(log, redactor)
         made = Proxy(
@@ -70,9 +70,8 @@ def proxy(
             options=options,
             hosts=None if off_loopback else tuple(allow or ()),
             expired=deadline.passed,
-            transport=reach(ca),
+            transport=transport,
         )
-        proxy_server.check_no_loop(made, listening)
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("hansa: %(message)s"))
         handler.addFilter(Hide(redactor))

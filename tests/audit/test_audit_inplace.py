@@ -56,7 +56,7 @@ def test_a_body_keeps_its_own_encoding(encoding) -> None:
     assert made == '{"stra\u00dfe": "K\u00f6ln", "n": "\u00fc"}'.encode(encoding)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_what_is_made_in_the_text_is_what_is_made_in_the_document(data) -> None:
     keys = st.text(min_size=1, max_size=3)

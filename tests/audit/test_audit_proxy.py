@@ -294,13 +294,9 @@ def test_addresses_that_are_refused(proxy) -> None:
     with pytest.raises(InputError, match="not of this machine"):
         bind("192.0.2.1", 0, off_loopback=True)
     with bind("127.0.0.1", 0) as listening:
-        proxy.proxy.upstream, before = (
-            upstream_of(f"http://localhost:{listening.getsockname()[1]}"),
-            proxy.proxy.upstream,
-        )
+        own = upstream_of(f"http://localhost:{listening.getsockname()[1]}")
         with pytest.raises(InputError, match="the proxy itself"):
-            check_no_loop(proxy.proxy, listening)
-        proxy.proxy.upstream = before
+            check_no_loop(own, listening)
     for wrong in ({"minutes": 0}, {"largest": 0}, {"over": "cut"}, {"patience": 0}):
         with pytest.raises(InputError, match="--"):
             ProxyOptions(**wrong)

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 _PIECE = 4096  # bytes handed to a decoder that knows no limit of its own
@@ -15,6 +16,7 @@ class TooLarge(ValueError):  # noqa: N818
     """A body that holds more than may be held."""
 
 
+@cache
 def known() -> tuple[str, ...]:
     """Return the encodings that can be undone: ``br`` where the library Brotli is installed."""
     brotli = importlib.util.find_spec("brotli") is not None

@@ -14,6 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from hansa.audit.coding import TooLarge, acceptable, decode, encode, encodings, known
+from hansa.audit.connections import Connections
 from hansa.audit.inplace import edited
 from hansa.audit.plan import Plan
 from hansa.audit.proxy_log import Asked, ProxyLog
@@ -25,7 +26,6 @@ from hansa.audit.proxy_traffic import (
     Upload,
     end_to_end,
     host_of,
-    reach,
 )
 from hansa.audit.tamper import Edit, decoded, digest
 from hansa.errors import InputError
@@ -51,7 +51,7 @@ class Proxy:
         hosts: names under which applications may ask for the service, beside those of this machine;
             None for any.
         expired: tells whether its time is over.
-        transport: reaches the service; ``reach()`` by default.
+        transport: reaches the service; ``Connections()`` by default.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Proxy:
         self.options = options or ProxyOptions()
         self.expired = expired
         self._hosts = hosts
-        self._transport = transport or reach()
+        self._transport = transport or Connections()
         self._url = httpx.URL(f"{upstream.origin}/")
         self._warned: set[str] = set()
 

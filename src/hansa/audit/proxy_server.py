@@ -2,9 +2,11 @@
 
 import asyncio
 import errno
+import importlib.util
 import logging
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from dataclasses import dataclass, field
 import uvicorn
 
 from hansa.audit.proxy import Proxy
-from hansa.audit.proxy_options import check_bind
+from hansa.audit.proxy_options import Upstream, check_bind
 from hansa.errors import InputError
 
 _ENDING = 5  # seconds that answers under way have when the proxy ends
@@ -69,13 +71,13 @@ def address(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def check_no_loop(proxy: Proxy, listening: socket.socket) -> None:
+def check_no_loop(upstream: Upstream, listening: socket.socket) -> None:
     """Refuse a proxy that stands before itself.
 
     Raises:
         InputError: it does.
     """
-    own, upstream = listening.getsockname()[:2], proxy.upstream
+    own = listening.getsockname()[:2]
     if upstream.port == own[1] and upstream.host in ("localhost", own[0]):
         raise InputError("--upstream", f"{upstream.origin}, the proxy itself", "another service")
 
@@ -91,6 +93,9 @@ def serve(
         deadline: when it ends; ``options.grace`` seconds more are answered with 503.
         ready: called when it is about to answer.
     """
+    if importlib.util.find_spec("sniffio") is None:
+        # httpcore asks for it at every request, which is a search through the whole path.
+        sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type]
     # Requests with their queries and headers, which no log is to hold.
     for name in ("httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)

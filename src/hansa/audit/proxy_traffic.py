@@ -1,16 +1,12 @@
 """What goes through the proxy: requests to the service, and its answers on their way back."""
 
 import asyncio
-import ssl
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 from starlette.requests import Request
 from starlette.types import Send
-
-from hansa.errors import InputError
 
 Headers = list[tuple[bytes, bytes]]
 _HOP = frozenset(
@@ -30,28 +26,6 @@ _HOP = frozenset(
 
 class Broken(Exception):  # noqa: N818 (the service's half of an answer, no error here)
     """The service stopped in the middle of a body."""
-
-
-def reach(ca: Path | None = None) -> httpx.AsyncBaseTransport:
-    """Return what reaches services, without proxies or credentials of the environment's.
-
-    Args:
-        ca: certificates that theirs may be signed with, in the place of the usual ones.
-
-    Raises:
-        InputError: a file that holds none.
-    """
-    verify: ssl.SSLContext | bool = True
-    if ca is not None:
-        try:
-            verify = ssl.create_default_context(cafile=ca)
-        except (OSError, ssl.SSLError) as error:
-            raise InputError("--ca", f"{ca} ({error})", "certificates in PEM") from error
-    # Shorter than services keep a connection, so that none ends as it is used.
-    limits = httpx.Limits(
-        max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0
-    )
-    return httpx.AsyncHTTPTransport(verify=verify, trust_env=False, limits=limits)
 
 
 class Answer:
