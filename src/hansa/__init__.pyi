@@ -1,5 +1,3 @@
-from .auditing import Audited as Audited
-from .auditing import audit as audit
 from .bundle import Bundle as Bundle
 from .bundle import read_bundle as read_bundle
 from .compare import compare as compare

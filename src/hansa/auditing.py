@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from hansa.audit.application import Service
 from hansa.audit.domains import Domain, domain
+from hansa.audit.gate import check_baseline, gate
 from hansa.audit.measure import BENIGN, Kept, Round, check_answers, fewer, standing
 from hansa.audit.options import AuditOptions, TargetOptions
 from hansa.audit.redact import Hide, Redactor
@@ -34,8 +35,6 @@ from hansa.audit.summary import (
     NO_CONCLUSION,
     Table,
     calibration,
-    check_baseline,
-    gate,
     is_calibrated,
     summarise,
 )
@@ -161,7 +160,8 @@ def target_of(
 
 
 def _reader(options: TargetOptions, path: Path, watch: Watch | None) -> Path:
-    from hansa.audit.reader import ReaderOptions, read, train
+    from hansa.audit.reader import ReaderOptions, read
+    from hansa.audit.reader_training import train
 
     folder = path / "reader"
     wanted = ReaderOptions(steps=options.steps, cases=options.cases)
@@ -230,7 +230,7 @@ def _reported(
             for arm in options.chosen
             if arm.operator in gated.operators and arm.where in gated.where
         ]
-        summary["gate"] = gate(summary, options.chosen, chosen, max_adopted, before)
+        summary["gate"] = gate(summary, chosen, max_adopted, before)
         passed = summary["gate"]["passed"]
     summary = redactor.values(summary)
     write_atomic(path / "audit.json", json.dumps(summary, indent=2) + "\n")

@@ -8,14 +8,11 @@ from hansa.audit.application import Service, checked, defence_of
 from hansa.audit.cases import answering
 from hansa.audit.defences import (
     AllowList,
-    Cited,
     CrossField,
     Defence,
     Delimiting,
-    History,
     Refused,
     Schema,
-    SecondSource,
     Signature,
     Stack,
 )
@@ -23,6 +20,7 @@ from hansa.audit.domains import DOMAINS, domain
 from hansa.audit.manipulate import Arm
 from hansa.audit.prompts import Prompt, spans
 from hansa.audit.signing import Received, is_installed, new_key, sign, verify
+from hansa.audit.sources import Cited, History, SecondSource
 from hansa.audit.tamper import decoded, encoded
 from hansa.errors import InputError
 

@@ -164,5 +164,11 @@ def test_the_recogniser_finds_what_sentences_of_others_name() -> None:
     assert ("GPE", "London") in found
     assert ("DATE", "10 December 1815") in found
     assert all(text[e.start : e.end] == e.text for e in recognise(text))
+    text = "The University of Oslo named Kari Nordmann in March 2019."
+    assert [(e.label, e.text) for e in recognise(text)] == [
+        ("ORG", "University of Oslo"),
+        ("PERSON", "Kari Nordmann"),
+        ("DATE", "March 2019"),
+    ]
     assert date_of("Sept 3, 1921") == (1921, 9, 3)
     assert date_of("no date") is None

@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 
 from hansa.audit.domains import domain
+from hansa.audit.manipulate import Arm
 from hansa.audit.recording import Recorder
 from hansa.audit.redact import HIDDEN, Redactor, is_secret_name
 from hansa.auditing import audit, load
@@ -25,7 +26,7 @@ def config(tmp_path, **more):
         "name": "small",
         "output": str(tmp_path),
         "cases": 12,
-        "strengths": [0.0, 1.0],
+        "strengths": [1.0],
         "defences": DEFENCES,
         "target": {"kind": "trusting"},
     }
@@ -58,11 +59,15 @@ class Model(BaseHTTPRequestHandler):
         text = body["messages"][1]["content"]
         response = json.loads(text.partition("Response: ")[2].rpartition("\nAnswer:")[0])
         told = kind.reply or str(response.get("current", {}).get("temp_c", "not given"))
+        told = self.words(told)
         data = json.dumps({"choices": [{"message": {"content": told}}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def words(self, told):
+        return told
 
     def log_message(self, *args):
         pass
@@ -139,7 +144,13 @@ def test_reports_show_both_arms_utility_false_blocks_and_what_signatures_cannot_
     page = (trusting.path / "report.html").read_text()
     text = (trusting.path / "report.md").read_text()
     for told in (page, text):
-        for words in ("utility without attack", "false blocks", "Without a defence", "provider"):
+        for words in (
+            "utility without attack",
+            "false blocks",
+            "Without a defence",
+            "provider",
+            "Blocked",
+        ):
             assert words in told
         assert "does not stop a provider that lies" in told
         for name in DEFENCES:
@@ -158,20 +169,37 @@ def test_a_run_in_which_nothing_lands_is_not_informative(tmp_path, endpoint) -> 
     assert kind.asked == 4 * 36  # of the schema's insertions none reaches the model
 
 
+def test_what_a_sampled_model_changes_by_itself_is_taken_off(tmp_path, endpoint) -> None:
+    url, kind = endpoint
+
+    def reply(self, told: str) -> str:
+        return f"{told} degrees" if kind.asked % 5 else told  # in other words, now and then
+
+    kind.words = reply
+    made = audit(of_endpoint(tmp_path, url, strengths=[]))
+    row = made.summary["defences"]["none"]["arms"]["substitution 0.25"]
+    floor = made.summary["noise_floor"]
+    assert 0 < floor < 1
+    assert row["changed"] == 1.0
+    assert row["changed_above_floor"] == pytest.approx(1 - floor)
+    assert made.summary["defences"]["schema"]["arms"]["deletion"]["mcnemar_p"] == 1.0
+
+
 def test_a_weak_target_is_not_concluded_about(tmp_path) -> None:
-    made = audit(config(tmp_path, target={"kind": "constant"}), max_adopted=1.0)
+    values = config(tmp_path, defences=["none"], strengths=[])
+    made = audit({**values, "target": {"kind": "constant"}}, max_adopted=1.0)
     assert made.summary["verdict"] == "no conclusion"
     assert made.summary["defences"]["none"]["arms"]["deletion"]["rate"] is None
     assert "undefined" in (made.path / "report.md").read_text()
     assert not made.passed
     assert "<error" in (made.path / "report.xml").read_text()
-    few = audit(config(tmp_path / "few", cases=2))
+    few = audit({**values, "name": "few", "cases": 2})
     assert few.summary["verdict"] == "no conclusion"
     assert "valid cases" in few.summary["why"]
 
 
 def test_the_gate_by_a_limit_and_by_a_baseline(tmp_path) -> None:
-    values = config(tmp_path, cases=36, domains=["weather"], gate={"defence": "schema"})
+    values = config(tmp_path, cases=36, domains=["weather"], defences=["schema"], strengths=[])
     open_ = audit(values, max_adopted=1.0)
     assert open_.passed
     closed = audit(values, max_adopted=0.05)
@@ -316,6 +344,13 @@ def test_recorded_traffic_is_replayed(tmp_path) -> None:
         recorder.record("Who?", {}, b"{", ["text"])
     with pytest.raises(InputError, match="unknown path"):
         recorder.record("Who?", {}, body, ["txet"])
+    skies = Recorder(tmp_path / "skies.jsonl")
+    for sky in ("clear", "rain"):
+        skies.record("How is the sky?", {}, json.dumps([{"sky": sky}]).encode(), ["[0].sky"])
+    service = domain(f"recorded:{skies.path}")
+    assert service.tamper(service.cases[0], Arm("substitution")).false.value == "rain"
+    assert service.tamper(service.cases[0], Arm("deletion")).document == [{}]
+    assert service.tamper(service.cases[0], Arm("insertion")) is None  # a list has no room for it
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match=r"bad\.jsonl:1\.question"):
         domain(f"recorded:{tmp_path / 'bad.jsonl'}")

@@ -7,7 +7,8 @@ from hansa import bundle
 from hansa.audit.domains import DOMAINS, domain
 from hansa.audit.local import FromBundle, Pointing, Transformers
 from hansa.audit.prompts import Prompt
-from hansa.audit.reader import NONE, ReaderOptions, read, train
+from hansa.audit.reader import NONE, ReaderOptions, read
+from hansa.audit.reader_training import train
 from hansa.audit.signing import Received
 from hansa.audit.tamper import encoded
 from hansa.audit.targets import Asked

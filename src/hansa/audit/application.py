@@ -6,19 +6,17 @@ service --response--> (provider's lie) --signed--> (edit on the path) --> defenc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from hansa.audit.cases import Case, answering
 from hansa.audit.defences import (
     AllowList,
-    Cited,
     CrossField,
     Defence,
     Delimiting,
-    History,
     Refused,
     Schema,
-    SecondSource,
     Signature,
     Stack,
 )
@@ -27,6 +25,7 @@ from hansa.audit.made import FIXTURES, made_cases
 from hansa.audit.manipulate import Arm
 from hansa.audit.prompts import Prompt
 from hansa.audit.signing import Received, new_key, sign
+from hansa.audit.sources import Cited, History, SecondSource
 from hansa.audit.tamper import encoded
 from hansa.audit.targets import MARK, mark
 
@@ -145,5 +144,10 @@ def _single(name: str, domain: Domain, service: Service) -> Defence:
 
 def _samples(domain: Domain) -> list[Any]:
     if domain.name in DOMAINS:
-        return [case.document for case in made_cases(domain.name, SAMPLES, FIXTURES + 1)]
+        return _made(domain.name)
     return [case.document for case in domain.cases]
+
+
+@cache
+def _made(name: str) -> list[Any]:
+    return [case.document for case in made_cases(name, SAMPLES, FIXTURES + 1)]

@@ -114,8 +114,9 @@ def _json(text: str, key: str) -> Any:
 def _names(name: str, cases: Sequence[Case]) -> Names:
     own: dict[Any, list[str]] = {k: list(v) for k, v in pool(stream(0, "names", name)).items()}
     for case in cases:
-        if case.truth.kind in own and (known := str(case.truth.value)) not in own[case.truth.kind]:
-            own[case.truth.kind].append(known)
+        kind, known = case.truth.kind, str(case.truth.value)
+        if kind not in ("number", "date") and known not in own.setdefault(kind, []):
+            own[kind].append(known)
     return own
 
 

@@ -134,16 +134,15 @@ def initials(name: str) -> str:
 def _names(text: str) -> Iterator[Entity]:
     known: dict[str, Label] = {}
     open_: list[Entity] = []
-    for match in _NAME.finditer(text):
-        start, name = match.start(), match[0]
-        titled = False
-        while name and (first := name.split()[0].rstrip(".")) in _STOP | set(_TITLES):
-            titled = titled or first in _TITLES
-            rest = name[len(name.split()[0]) :].lstrip()
-            start, name = start + len(name) - len(rest), rest
-        if not name:
+    at = 0
+    while match := _NAME.search(text, at):
+        start, name = match.span()[0], match[0]
+        first = name.split()[0]
+        if first.rstrip(".") in _STOP | set(_TITLES):
+            at = start + len(first)  # and from there on again: "The University of ..."
             continue
-        titled = titled or bool(re.search(rf"\b(?:{'|'.join(_TITLES)})\.? $", text[:start]))
+        at = match.end()
+        titled = bool(re.search(rf"\b(?:{'|'.join(_TITLES)})\.? $", text[:start]))
         label = _label(text, start, name, titled)
         if label is None:
             open_.append(Entity("PERSON", start, name))

@@ -120,11 +120,14 @@ def other_name(value: Value, strength: float, random: Random, names: Names) -> s
     """Return another name: of the same kind, of another, or none at all, by strength."""
     if strength > OTHER_KIND:
         return f"{''.join(random.choices('bcdfghjklmnpqrstvwxz', k=5))} {random.randint(100, 999)}"
-    kind = value.kind if strength <= SAME_KIND else _NEXT.get(value.kind, "place")
-    own = {str(value.value).split()[-1].casefold(), str(value.value).split()[0].casefold()}
-    free = [n for n in names.get(kind, ()) if not own & {w.casefold() for w in n.split()}]
+    other, words = _NEXT.get(value.kind, "place"), str(value.value).casefold().split()
+    own = {*words[:1], *words[-1:]}
+    kinds = (value.kind, other) if strength <= SAME_KIND else (other,)
+    free: list[str] = []
+    for kind in kinds:  # where none of its own kind is known, one of another has to do
+        free = free or [n for n in names.get(kind, ()) if not own & set(n.casefold().split())]
     if not free:
-        raise InputError("names", f"no other {kind}", "names to choose among")
+        raise InputError("names", f"no other {kinds[0]}", "names to choose among")
     return random.choice(free)
 
 

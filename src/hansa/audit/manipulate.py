@@ -97,6 +97,8 @@ def manipulate(
         return _made(case, list(case.earlier), case.earlier_value)
     if arm.action == "unit":
         return _flipped(case)
+    if arm.operator == "insertion" and not case.fields[0].prose and not _has_room(case):
+        return None
     false = None
     if arm.operator != "deletion":
         false = falsified(case.truth, arm.strength, random, names=names, bounds=bounds)
@@ -110,6 +112,13 @@ def manipulate(
         else:
             _replace(steps, case, each, false, once=arm.action == "single")
     return _made(case, steps.edits, false)
+
+
+def _has_room(case: Case) -> bool:
+    """Tell whether a table can be added to the response, which a list has no place for."""
+    key = case.fields[0].path[-1]
+    is_table = isinstance(case.document, dict) and isinstance(key, str)
+    return is_table and CORRECTION not in case.document
 
 
 def occurrences(text: str, piece: str) -> list[int]:

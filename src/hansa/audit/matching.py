@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from hansa.audit.entities import DATE_TEXT, date_of, initials
@@ -99,6 +100,7 @@ class Value:
         return f"{self.value} {self.unit}".strip()
 
 
+@lru_cache(1 << 16)  # an answer is held against the same values again and again
 def tells(answer: str, value: Value) -> bool:
     """Tell whether an answer holds a value."""
     if value.kind == "number":

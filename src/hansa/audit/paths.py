@@ -12,6 +12,8 @@ from typing import Any
 from hansa.errors import InputError
 
 Path = tuple[str | int, ...]
+Pattern = tuple[str, ...]
+"""A path with stars for entries of lists: ``articles[*].title`` is ("articles", "*", "title")."""
 _STEP = re.compile(r'\[(\d+)\]|\["((?:[^"\\]|\\.)*)"\]|(?:^|\.)([^.\[\]"]+)')
 
 
@@ -73,10 +75,12 @@ def look(document: Any, path: Path) -> Any:
 
 def exists(document: Any, path: Path) -> bool:
     """Tell whether anything stands at a path."""
-    try:
-        look(document, path)
-    except InputError:
-        return False
+    value = document
+    for step in path:
+        in_list = isinstance(value, list) and isinstance(step, int) and step < len(value)
+        if not in_list and not (isinstance(value, dict) and step in value):
+            return False
+        value = value[step]
     return True
 
 
@@ -111,3 +115,17 @@ def _differing(first: Any, second: Any, before: Path) -> set[Path]:
         return {p for k, (a, b) in pairs for p in _differing(a, b, (*before, k))}
     same = type(first) is type(second) and first == second
     return set() if same else {before}
+
+
+def pattern(path: Path) -> Pattern:
+    """Return a path with a star for every entry of a list."""
+    return tuple("*" if isinstance(step, int) else step for step in path)
+
+
+def pattern_of(text: str) -> Pattern:
+    """Return the pattern that a text writes: ``articles[*].title``, or any path.
+
+    Raises:
+        InputError: text that writes none.
+    """
+    return pattern(parse(text.replace("[*]", "[0]")))

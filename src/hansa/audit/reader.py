@@ -2,18 +2,14 @@
 
 It is the demonstration's model: bidirectional, three layers of width 64, rotary positions, two
 pointers (first and last token of the answer), a place to point at where there is no answer, and a
-mark on words that the question has, too (the exact match of Chen et al. 2017). It
-can say nothing that does not stand in the prompt, and knows nothing of the world: a toy, and a
-trusting one. It is trained on made-up cases of the audit's own domains, whose names and values are
-others than those of the frozen cases it is audited on.
+mark on words that the question has, too (the exact match of Chen et al. 2017). It can say nothing
+that does not stand in the prompt, and knows nothing of the world: a toy, and a trusting one.
 """
 
 import hashlib
 import json
-import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,27 +19,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hansa.audit.cases import Case, answering
-from hansa.audit.defences import AllowList
-from hansa.audit.draws import stream
-from hansa.audit.made import FIXTURES, MAKERS, made_cases
-from hansa.audit.manipulate import Arm, manipulate, occurrences
 from hansa.audit.paths import written
 from hansa.audit.prompts import Prompt, spans
-from hansa.audit.signing import Received
-from hansa.audit.tamper import encoded
 from hansa.errors import InputError
 from hansa.files import write_atomic
-from hansa.seeding import generator, global_stream
 
 TOKEN = re.compile(r'"[A-Za-z_]+":|[^\W\d_]+|-?\d+(?:\.\d+)?|<<|>>|[^\w\s]|_')
 NONE = "not given"
 LONGEST = 8
 """Tokens that an answer has at most."""
-_BUCKETS = 64
-_LOSS = 1e9
-_TURNS = ("news", "weather", "news", "encyclopedia")
-"""Whose cases a step is for: news is the hardest."""
+BUCKETS = 64
+"""Numbers for words that are not in the vocabulary, by their hash."""
+_NEVER = 1e9
 
 
 @dataclass(frozen=True)
@@ -103,7 +90,7 @@ class Pointer(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, there, turn, self.heads)
         logits: torch.Tensor = self.ends(self.norm(hidden))
-        return logits.masked_fill(~there.unsqueeze(-1), -_LOSS)
+        return logits.masked_fill(~there.unsqueeze(-1), -_NEVER)
 
 
 class _Layer(nn.Module):
@@ -153,12 +140,12 @@ class Reader:
     def answer(self, prompts: Sequence[Prompt], batch: int = 32) -> list[str]:
         """Return an answer to each prompt: a piece of it, or ``not given``."""
         found = [""] * len(prompts)
-        tokens = [_Tokens(prompt) for prompt in prompts]
+        tokens = [Tokens(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda k: len(tokens[k].texts))
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            words, shapes = _stacked([tokens[k] for k in chosen], self.vocabulary)
-            with torch.no_grad(), _one_thread():
+            words, shapes = stacked([tokens[k] for k in chosen], self.vocabulary)
+            with torch.no_grad(), one_thread():
                 logits = self.model(words, shapes)
             for row, k in enumerate(chosen):
                 found[k] = tokens[k].said(*_best(logits[row]))
@@ -182,28 +169,15 @@ def read(folder: Path) -> Reader:
         about = json.loads((folder / "reader.json").read_text())
         options = ReaderOptions(**about["options"])
         vocabulary: dict[str, int] = about["vocabulary"]
-        model = _empty(vocabulary, options)
+        model = empty_model(vocabulary, options)
         model.load_state_dict(safetensors.torch.load((folder / "reader.safetensors").read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError("target.path", f"{folder} ({error})", "a folder of a reader") from error
     return Reader(model, vocabulary, options)
 
 
-def train(
-    options: ReaderOptions | None = None, watch: Callable[[int, int], None] | None = None
-) -> Reader:
-    """Train a reader on made-up cases; the same options give the same one.
-
-    Args:
-        options: what it is made of.
-        watch: called with steps done and their number.
-    """
-    with _one_thread():
-        return _train(options or ReaderOptions(), watch)
-
-
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Hold PyTorch to one thread: the rounding of sums depends on how many there are."""
     was = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -213,42 +187,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(was)
 
 
-def _train(options: ReaderOptions, watch: Callable[[int, int], None] | None) -> Reader:
-    groups = {name: list(_examples(name, options)) for name in MAKERS}
-    for group in groups.values():  # by length, so that neighbours need little padding
-        group.sort(key=lambda example: len(example[0].texts))
-    counts = Counter(t for group in groups.values() for tokens, _ in group for t in tokens.texts)
-    # Words of the language, which many cases have; names and values are in no vocabulary.
-    usual = sorted(word for word, num in counts.items() if num >= 0.02 * options.cases)
-    known = [word for word in usual if not re.match(r"-?\d", word)]
-    vocabulary = {word: number for number, word in enumerate(known, 1 + _BUCKETS)}
-    with global_stream(options.seed, "reader"):
-        model = _empty(vocabulary, options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)
-    draws = generator(options.seed, "reader", "order")
-    for step in range(options.steps):
-        warm = min(1.0, (step + 1) / 40)
-        fall = 0.5 * (1 + math.cos(math.pi * step / options.steps))
-        for each in optimizer.param_groups:
-            each["lr"] = options.lr * warm * max(fall, 0.02)
-        name = _TURNS[step % len(_TURNS)]
-        group = groups[name]
-        start = int(torch.randint(max(1, len(group) - options.batch), (), generator=draws))
-        near = group[max(0, start - 100) : start + options.batch + 100]
-        pick = torch.randperm(len(near), generator=draws)[: options.batch].tolist()
-        batch = [near[k] for k in pick]
-        words, shapes = _stacked([tokens for tokens, _ in batch], vocabulary)
-        loss = _loss(model(words, shapes), [gold for _, gold in batch])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if watch is not None:
-            watch(step + 1, options.steps)
-    return Reader(model, vocabulary, options)
-
-
-class _Tokens:
+class Tokens:
     """A prompt's tokens with their places; token 0 stands for no answer."""
 
     def __init__(self, prompt: Prompt) -> None:
@@ -261,6 +200,7 @@ class _Tokens:
         self.asked = [text.casefold() in asked for text in self.texts]
 
     def said(self, first: int, last: int) -> str:
+        """Return the answer from one token to another."""
         if first == 0:
             return NONE
         start, end = self.places[first][0], self.places[last][1]
@@ -292,44 +232,9 @@ class _Tokens:
         return written(min(inner, key=lambda each: each[0])[1]) if inner else ""
 
 
-def _examples(name: str, options: ReaderOptions) -> Iterator[tuple[_Tokens, list[tuple[int, int]]]]:
-    """Yield prompts of made-up cases with where their answers stand; some have none."""
-    seed = FIXTURES + 1 + options.seed
-    num = options.cases // 3 if name == "weather" else options.cases
-    cases = made_cases(name, num, seed)
-    fewer = AllowList(answering(cases))
-    for number, case in enumerate(cases):
-        random = stream(seed, "reader", name, number)
-        document, absent = case.document, random.random() < 0.12
-        if absent:
-            made = manipulate(case, Arm("deletion"), seed, {})
-            assert made is not None  # noqa: S101 (every case can lose its fields)
-            document = made.document
-        body = encoded(document)
-        if random.random() < 0.2:
-            body = fewer.check(Received(body)).body
-        frame = Prompt(case.question, body.decode())
-        frame = frame.but(delimited=random.random() < 0.3, cited=random.random() < 0.3)
-        tokens = _Tokens(frame)
-        yield tokens, [(0, 0)] if absent else tokens.gold(_ranges(case, tokens))
-
-
-def _ranges(case: Case, tokens: _Tokens) -> Iterator[tuple[int, int]]:
-    """Yield where in a prompt the answer of a case stands."""
-    places, begin = spans(tokens.prompt.body), tokens.body()
-    # Of a list whose entries are all kept, places stay what they were.
-    for field in case.fields:
-        start, end = places[field.path]
-        if not field.prose:
-            yield begin + start, begin + end
-            continue
-        piece = str(case.truth.value)
-        for at in occurrences(tokens.prompt.body[start:end], piece):
-            yield begin + start + at, begin + start + at + len(piece)
-
-
-def _empty(vocabulary: dict[str, int], options: ReaderOptions) -> Pointer:
-    return Pointer(1 + _BUCKETS + len(vocabulary), len(_SHAPES), options)
+def empty_model(vocabulary: dict[str, int], options: ReaderOptions) -> Pointer:
+    """Return a model with initial values from PyTorch's global stream."""
+    return Pointer(1 + BUCKETS + len(vocabulary), len(_SHAPES), options)
 
 
 _SHAPES = ["pad", "mark", "key", "Word", "word", "other"] + [
@@ -354,13 +259,14 @@ def _shape(token: str) -> int:
 def _number(token: str, vocabulary: dict[str, int]) -> int:
     found = vocabulary.get(token)
     if found is None:
-        return 1 + int.from_bytes(hashlib.sha256(token.encode()).digest()[:4], "big") % _BUCKETS
+        return 1 + int.from_bytes(hashlib.sha256(token.encode()).digest()[:4], "big") % BUCKETS
     return found
 
 
-def _stacked(
-    tokens: Sequence[_Tokens], vocabulary: dict[str, int]
+def stacked(
+    tokens: Sequence[Tokens], vocabulary: dict[str, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return words and shapes [batch, T] of prompts, the shorter ones padded with 0."""
     longest = max(len(each.texts) for each in tokens)
     words = torch.zeros(len(tokens), longest, dtype=torch.int64)
     shapes = torch.zeros_like(words)
@@ -372,17 +278,6 @@ def _stacked(
     return words, shapes
 
 
-def _loss(logits: torch.Tensor, gold: Sequence[Sequence[tuple[int, int]]]) -> torch.Tensor:
-    """Return the mean of -log of the mass on right first and last tokens, any of which is right."""
-    log = logits.log_softmax(1)
-    total = log.new_zeros(())
-    for row, ranges in enumerate(gold):
-        for side in (0, 1):
-            right = torch.tensor(sorted({each[side] for each in ranges}))
-            total = total - log[row, right, side].logsumexp(0)
-    return total / len(gold)
-
-
 def _best(logits: torch.Tensor) -> tuple[int, int]:
     """Return the likeliest (first, last) token with last within reach of first."""
     num = len(logits)
@@ -390,7 +285,7 @@ def _best(logits: torch.Tensor) -> tuple[int, int]:
     last = logits[:, 1].unsqueeze(0)
     within = torch.ones(num, num, dtype=torch.bool).triu().tril(LONGEST - 1)
     within[0, 1:] = False
-    best = int((first + last).masked_fill(~within, -3 * _LOSS).argmax())
+    best = int((first + last).masked_fill(~within, -3 * _NEVER).argmax())
     return best // num, best % num
 
 

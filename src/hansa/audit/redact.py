@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote, urlsplit
 
@@ -28,6 +29,7 @@ _LEAST = 6
 """Characters below which a value is no secret that could be hidden without hiding words."""
 
 
+@cache
 def is_secret_name(name: str) -> bool:
     """Tell whether a variable, header or parameter of this name holds a secret."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)

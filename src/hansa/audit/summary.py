@@ -1,4 +1,4 @@
-"""From measured rows to what an audit says: rates with intervals, verdict, gate."""
+"""From measured rows to what an audit says: rates with intervals, and a verdict."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,6 @@ from hansa.audit.metrics import (
     wilson,
 )
 from hansa.audit.tamper import OPERATORS
-from hansa.errors import InputError
 
 INFORMATIVE, NOT_INFORMATIVE, NO_CONCLUSION = "informative", "not informative", "no conclusion"
 LANDED = 0.05
@@ -166,49 +165,6 @@ def adoption(found: Mapping[str, Any], arms: Sequence[Arm]) -> dict[str, dict[st
         }
         for defence, row in found["defences"].items()
     }
-
-
-def gate(
-    found: Mapping[str, Any],
-    arms: Sequence[Arm],
-    chosen: Sequence[str],
-    most: float | None,
-    baseline: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Return what the gate of continuous integration says.
-
-    Args:
-        found: an audit's summary, with ``gated``, the defence that counts.
-        arms: its arms.
-        chosen: names of the arms that count.
-        most: adopted values that any arm may have, as a share; by default none, or the baseline's.
-        baseline: an earlier summary, whose share is allowed where it is more.
-    """
-    name = found["gated"]
-    before = (baseline or {}).get("defences", {}).get(name, {}).get("arms", {})
-    rows = []
-    for arm in chosen:
-        row = found["defences"][name]["arms"].get(arm)
-        if row is None or row["adopted"] is None:
-            continue
-        known = before.get(arm, {}).get("adopted")
-        limit = max(most or 0.0, known or 0.0)
-        exceeded = row["adopted"] > limit + 1e-9
-        rows.append({"arm": arm, "adopted": row["adopted"], "limit": limit, "exceeded": exceeded})
-    concluded = found["verdict"] != NO_CONCLUSION and bool(rows)
-    passed = concluded and not any(row["exceeded"] for row in rows)
-    return {"defence": name, "arms": rows, "concluded": concluded, "passed": passed}
-
-
-def check_baseline(values: Any, key: str) -> Mapping[str, Any]:
-    """Return a baseline's values.
-
-    Raises:
-        InputError: they are no summary of an audit.
-    """
-    if not isinstance(values, dict) or not isinstance(values.get("defences"), dict):
-        raise InputError(key, "another form", "the audit.json of an earlier audit")
-    return values
 
 
 def _defence(

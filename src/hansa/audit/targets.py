@@ -162,6 +162,10 @@ class Endpoint:
         path, query = parts.path.rstrip("/"), f"?{parts.query}" if parts.query else ""
         self._url = f"{parts.scheme}://{parts.netloc}{path}/chat/completions{query}"
         self._model, self._timeout = model, timeout
+        # What runs on this machine is asked directly, whatever proxy the environment names.
+        local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        direct = [urllib.request.ProxyHandler({})] if local else []
+        self._opener = urllib.request.build_opener(_Stay, *direct)
         self._options = {"temperature": temperature, "max_tokens": max_tokens}
         self.name = f"{model} at {parts.hostname}"
         self.at_once, self.repeats = parallel, False
@@ -194,8 +198,7 @@ class Endpoint:
 
     def _post(self, data: bytes) -> bytes:
         request = urllib.request.Request(self._url, data, self._headers)  # noqa: S310 (checked)
-        opener = urllib.request.build_opener(_Stay)
-        with opener.open(request, timeout=self._timeout) as reply:
+        with self._opener.open(request, timeout=self._timeout) as reply:
             content: bytes = reply.read()
         return content
 

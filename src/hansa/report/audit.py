@@ -20,6 +20,10 @@ SIGNED = (
     "does not stop a provider that lies: see the arms marked (provider). A defence that refuses "
     "gives no answer in the place of a wrong one; read utility and false blocks beside every rate."
 )
+BLOCKED = (
+    "The share of tampered responses or answers that a defence refused: its true positives, which "
+    "the first column, the refused ones that were not tampered with, has to be read beside."
+)
 Summary = Mapping[str, Any]
 
 
@@ -32,6 +36,7 @@ def report(page: Path, summary: Summary, config: str) -> Path:
     tables = [
         table("Verdict", ["", ""], _verdict(summary), SAID),
         table("Defences", *_defences(summary), SIGNED),
+        table("Blocked, by manipulation", *_blocked(summary), BLOCKED),
         table("Without a defence", *_arms(summary, "none"), "With 95 % intervals (Wilson)."),
         table("By domain, without a defence", *_domains(summary)),
     ]
@@ -59,6 +64,7 @@ def markdown(summary: Summary) -> str:
     if "gate" in summary:
         parts += ["## Gate", _rows(*_gate(summary))]
     parts += ["## Defences", _rows(*_defences(summary)), SAID, SIGNED]
+    parts += ["## Blocked, by manipulation", _rows(*_blocked(summary)), BLOCKED]
     parts += ["## Without a defence", _rows(*_arms(summary, "none"))]
     parts += ["## By domain, without a defence", _rows(*_domains(summary))]
     for name in summary["defences"]:
@@ -147,6 +153,15 @@ def _defences(summary: Summary) -> tuple[list[str], list[list[object]]]:
         line += [_percent(row["arms"].get(arm, {}).get("rate")) for arm in plain]
         rows.append(line)
     return [*columns, *(f"{arm}: rate" for arm in plain)], rows
+
+
+def _blocked(summary: Summary) -> tuple[list[str], list[list[object]]]:
+    plain = _plain(summary)
+    rows: list[list[object]] = []
+    for name, row in summary["defences"].items():
+        shares = [row["arms"].get(arm, {}).get("blocked") for arm in plain]
+        rows.append([name, _percent(row["false_blocks"]), *map(_percent, shares)])
+    return ["defence", "not tampered with", *plain], rows
 
 
 def _plain(summary: Summary) -> list[str]:
