@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(ETag='"7"', X_Custom="kept")
 
     def send_gzip(self) -> None:
-        self.answer(gzip.compress(BODY), Content_Encoding="gzip")
+        self.answer(gzip.compress(BODY, mtime=0), Content_Encoding="gzip")
 
     def send_deflate(self) -> None:
         self.answer(zlib.compress(BODY), Content_Encoding="deflate")
@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(chunks=True)
 
     def send_gzipchunks(self) -> None:
-        self.answer(gzip.compress(BODY), chunks=True, Content_Encoding="gzip")
+        self.answer(gzip.compress(BODY, mtime=0), chunks=True, Content_Encoding="gzip")
 
     def send_binary(self) -> None:
         self.answer(bytes(range(256)) * 300, kind="image/png", Connection="X-Hop", X_Hop="no")
@@ -124,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(b"(\xb5/\xfd", Content_Encoding="zstd")
 
     def send_torn(self) -> None:
-        self.answer(gzip.compress(BODY)[:-9], Content_Encoding="gzip")
+        self.answer(gzip.compress(BODY, mtime=0)[:-9], Content_Encoding="gzip")
 
     def send_notjson(self) -> None:
         self.answer(b"{'current'")
@@ -133,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(BODY + b" " * 5000, chunks=True)
 
     def send_bomb(self) -> None:
-        self.answer(gzip.compress(BODY + b" " * 50_000), Content_Encoding="gzip")
+        self.answer(gzip.compress(BODY + b" " * 50_000, mtime=0), Content_Encoding="gzip")
 
     def send_nocontent(self) -> None:
         self.send_response(204)

@@ -41,7 +41,7 @@ def test_it_serves_until_it_is_ended(folder, end) -> None:
         "--sample",
         "sample.json",
         "--minutes",
-        "0.1" if end is None else "9",
+        "0.02" if end is None else "9",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     with service() as upstream:
