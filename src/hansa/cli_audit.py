@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
+from hansa.cli_audit_proxy import proxy
+
 EXCEEDED = 3
 """The exit status where more values are adopted than the gate allows."""
 
@@ -32,6 +34,9 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Audit what tampered third-party responses do to a model's answers: audit CONFIG.",
 )
+
+
+app.command()(proxy)
 
 
 @app.command()

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path as FilePath
 from typing import Any, Literal, get_args
 
@@ -115,7 +116,7 @@ class Plan:
         """
         edits: list[Edit] = []
         false: Value | None = None
-        names = pool(stream(self.seed, "names"))
+        names = _names(self.seed)
         for number, rule in enumerate(self.rules):
             if route and not fnmatchcase(route, rule.route):
                 continue
@@ -205,6 +206,11 @@ def _path(text: Any, key: str) -> Path:
         return parse(text)
     except InputError as error:
         raise InputError(key, error.found, error.allowed) from error
+
+
+@cache
+def _names(seed: int) -> Names:
+    return pool(stream(seed, "names"))
 
 
 def _edits(document: Any, rule: Rule, random: Any, names: Names) -> tuple[list[Edit], Value | None]:
