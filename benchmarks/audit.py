@@ -24,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from audit_proxy import overhead
 from hansa.audit.domains import DOMAINS, domain
 from hansa.audit.entities import recognise
 from hansa.audit.options import DEFENCES
@@ -114,6 +115,7 @@ def main() -> None:
         found = {
             "clean_accuracy": summary["clean_accuracy"],
             "adoption": adoption(summary, load(values).chosen),
+            "proxy_ms": overhead(200 if given.quick else 1000),
             "verdict": summary["verdict"],
             "noise_floor": summary["noise_floor"],
             "calibration": summary["calibration"],
