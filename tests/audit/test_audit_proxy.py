@@ -9,9 +9,11 @@ import logging
 import socket
 import zlib
 
+import httpx
 import pytest
 from proxying import BODY, FALSE, ask, proxying, service, until
 
+from hansa.audit.connections import Connections
 from hansa.audit.proxy_log import Asked
 from hansa.audit.proxy_options import ProxyOptions, check_bind, upstream_of
 from hansa.audit.proxy_server import Deadline, bind, check_no_loop
@@ -227,6 +229,28 @@ def test_secrets_reach_no_log(upstream, tmp_path, caplog, monkeypatch) -> None:
         assert secret not in lines + caplog.text
     assert running.log()[0]["route"] == "/v1/[secret]/[secret]/[secret]/plain"
     assert Asked("GET", "/v1/current.json", "", {}).shown(Redactor()) == "/v1/current.json"
+
+
+def test_connections_are_used_again_and_old_ones_closed(upstream, monkeypatch) -> None:
+    async def ask_all(num: int) -> int:
+        pool = Connections()
+
+        async def one() -> bytes:
+            url = f"http://127.0.0.1:{upstream.port}/plain"
+            response = await pool.handle_async_request(httpx.Request("GET", url))
+            body = await response.aread()
+            await response.aclose()
+            return body
+
+        for _ in range(3):
+            assert await asyncio.gather(*(one() for _ in range(num))) == [BODY] * num
+        free = len(pool._free)
+        await pool.aclose()
+        return free
+
+    assert asyncio.run(ask_all(8)) == 8
+    monkeypatch.setattr("hansa.audit.connections._KEPT", -1.0)
+    assert asyncio.run(ask_all(8)) == 0
 
 
 def test_two_hundred_connections_at_once(upstream, proxy) -> None:

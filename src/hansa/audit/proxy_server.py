@@ -51,7 +51,8 @@ def bind(host: str, port: int, off_loopback: bool = False) -> socket.socket:
     if not 0 <= port < 1 << 16:
         raise InputError("--port", port, "0 (any) to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # Named in full, or asyncio does not see that it may send small packets at once.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
