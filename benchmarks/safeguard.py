@@ -77,11 +77,6 @@ LORA = [
     {"weight": 1, "lrs": [3e-3, 1e-2], "rank": 8},
     {"data": "switch", "lrs": HIGH},
 ]
-OPTIMIZERS = [
-    {"weight": 1, "lrs": HIGH},
-    {"weight": 1, "lrs": [0.1, 0.3], "optimizer": "adadelta"},
-    {"data": "switch", "lrs": HIGH},
-]
 CONTROLS: dict[str, dict[str, Any]] = {
     # As many plain steps as TAR with K = 16 takes: 100 x 13.3 of 2.33 each.
     "same_compute": {"after": 2, "phases": [entropy(571)]},
@@ -101,7 +96,6 @@ CONTROLS: dict[str, dict[str, Any]] = {
         "phases": [{"kind": "repnoise", "steps": 571, "lr": 5e-4, "warm_up": 20}],
     },
     "tar_lora": {"after": 2, "phases": [tar(adversaries=LORA)]},
-    "tar_optimizers": {"after": 2, "phases": [tar(adversaries=OPTIMIZERS)]},
     "tar_k16_300": {"after": 2, "phases": [tar(steps=300)]},
 }
 NAMES = {"before": "phase1", "same_compute": "control", "safeguarded": "tar"}
@@ -153,7 +147,7 @@ class Bench:
         """Return the scorecard of every other attack, on TAR and on the first phase alone."""
         config = self.config(self.seeds[0])
         roles = ["before", "safeguarded"]
-        roles += [] if self.quick else ["tar_optimizers", "noise_distil"]
+        roles += [] if self.quick else ["repnoise", "noise_distil"]
         options = RedteamOptions(grid="small")
         attacks = [
             {**how.model_dump(mode="json", exclude_none=True), "roles": roles}

@@ -152,6 +152,7 @@ class _Stage:
         self.loaded = _with_tokenizer(config, models.paths["safeguarded"])
         self.data = open_data(config.data, self.loaded)
         _check_bundles(bundles, self.data)
+        _check_made(bundles["safeguarded"], config)
         check_parts(self.data)
         self.chance = Probe(self.data, self.options.templates).chance
         try:
@@ -264,9 +265,11 @@ def _with_tokenizer(config: SafeguardConfig, path: Path) -> Loaded:
     """Return the safeguarded model, with the tokenizer of the one that it was made of."""
     context = getattr(config.data, "context", 0)
     loaded = load_model(str(path), context)
-    if loaded.tokenizer or config.model.path is None:
+    beside = path.parent / "model"  # what the safeguard stage wrote for transformers
+    source = config.model.path or (str(beside) if beside.is_dir() else None)
+    if loaded.tokenizer or source is None:
         return loaded
-    start = load_model(config.model.path, context)
+    start = load_model(source, context)
     return Loaded(
         loaded.model, loaded.architecture, start.tokenizer, start.own_tokenizer, loaded.parent
     )
@@ -288,6 +291,19 @@ def _check_bundles(bundles: Mapping[str, Bundle], data: Data) -> None:
             raise InputError(
                 "data", other, "the same, of which nobody was trained on what is asked"
             )
+
+
+def _check_made(safeguarded: Bundle, config: SafeguardConfig) -> None:
+    """Refuse models that another configuration has made.
+
+    Raises:
+        InputError: they are of other phases or of another seed.
+    """
+    made = safeguarded.card["config"]
+    phases = [phase.model_dump(mode="json", exclude_none=True) for phase in config.chain]
+    if (made.get("phases"), made.get("seed")) != (phases, config.seed):
+        found = "models that were made before the configuration changed"
+        raise InputError("phases", found, "hansa safeguard CONFIG first")
 
 
 def _check_folder(path: Path) -> None:

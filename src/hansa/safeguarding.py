@@ -193,7 +193,7 @@ class _Stage:
         config, chain = self.config, self.config.chain
         start = {
             "model": config.model.model_dump(mode="json"),
-            "parent": self._loaded.parent.digest if self._loaded and self._loaded.parent else "",
+            "parent": _fingerprint(self._loaded.model) if self._loaded else "",
             "data": self.data.fingerprint(),
             "seed": config.seed,
             "precision": config.precision,
@@ -339,6 +339,15 @@ _TOLD = ("roles", "cost_in_steps")
 def _inner(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return weights under the names that they have inside of ``CausalLM``."""
     return {name.removeprefix("model."): value for name, value in weights.items()}
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's weights: a folder may hold others than before."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _key(value: object) -> str:

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,7 +34,9 @@ class Adversary(BaseModel):
     from step floor(Beta(6, 3) K) on."""
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """How often it is drawn, relative to the others."""
-    lrs: tuple[float, ...] = Field((2e-6, 2e-5, 4e-5), min_length=1)
+    lrs: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+        (2e-6, 2e-5, 4e-5), min_length=1
+    )
     """Learning rates, of which one is drawn."""
     schedule: Schedule = "constant"
     optimizer: Optimizer = "adamw"

@@ -11,6 +11,7 @@ from hansa.errors import InputError
 from hansa.safeguard.checkpoint import keep, take
 from hansa.safeguard.phases.base import Phase, gradients, norm
 from hansa.safeguard.setup import Metrics, Setup
+from hansa.safeguard.sharding import agreed
 
 Watch = Callable[[int, int, Metrics], None]
 
@@ -64,7 +65,7 @@ def descend(
                     gradient.mul_(phase.max_norm / whole)
             optimizer.step()
         history.append(metrics)
-        if checkpoint is not None and monotonic() - saved > every:
+        if checkpoint is not None and agreed(monotonic() - saved > every, setup.ranks):
             keep(checkpoint, setup.model, optimizer, history, setup.rank)
             saved = monotonic()
         if watch is not None:

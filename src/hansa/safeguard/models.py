@@ -116,6 +116,21 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
+def width_of(model: nn.Module) -> int:
+    """Return the width of a model's hidden states.
+
+    Raises:
+        InputError: they are not all of one width, as where embeddings are projected.
+    """
+    with torch.no_grad():
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+        states = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    widths = {state.shape[-1] for state in states}
+    if len(widths) > 1:
+        raise InputError(_KEY, f"hidden states of widths {sorted(widths)}", "one of one width")
+    return int(widths.pop())
+
+
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return a model's weights under the names that a bundle has."""
     return {f"model.{name}": value for name, value in model.state_dict().items()}

@@ -1,6 +1,9 @@
 """The data of a safeguard, of either kind, for the model that they are put into."""
 
-from hansa.data.tokenizer import tokenizer_from_json
+from dataclasses import dataclass
+from typing import Any
+
+from hansa.data.tokenizer import Tokenizer, tokenizer_from_json
 from hansa.errors import InputError
 from hansa.safeguard.models import Loaded
 from hansa.safeguard.rows import Data
@@ -27,15 +30,33 @@ def open_data(options: WorldOptions | TextsOptions, loaded: Loaded | None) -> Da
     if loaded is None:
         raise InputError("model.path", "nothing", "a trained model, for texts")
     if loaded.tokenizer:
-        tokenizer = tokenizer_from_json(loaded.tokenizer)
-        return Texts(
-            options, lambda text: tokenizer.encode(text).tolist(), loaded.architecture.classes
-        )
+        encode = _Ours(tokenizer_from_json(loaded.tokenizer))
+        return Texts(options, encode, loaded.architecture.classes)
     own = loaded.own_tokenizer
     if own is None:
-        raise InputError("model.path", "a bundle without a tokenizer", "one with it")
-    return Texts(
-        options,
-        lambda text: list(own(text, add_special_tokens=False)["input_ids"]),
-        loaded.architecture.classes,
-    )
+        allowed = "the folder of transformers that it was made from, whose tokenizer is needed"
+        raise InputError("model.path", "a bundle without a tokenizer", allowed)
+    return Texts(options, _Theirs(own), loaded.architecture.classes)
+
+
+# Classes and no closures, so that data can be sent to other processes.
+@dataclass(frozen=True)
+class _Ours:
+    """Encodes by a tokenizer of Hansa's."""
+
+    tokenizer: Tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the token numbers of a text."""
+        return [int(number) for number in self.tokenizer.encode(text)]
+
+
+@dataclass(frozen=True)
+class _Theirs:
+    """Encodes by a tokenizer of ``transformers``."""
+
+    tokenizer: Any
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the token numbers of a text, without those that a model wants around it."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -50,6 +50,16 @@ class Ranks(NamedTuple):
             dist.barrier()
 
 
+def agreed(wanted: bool, size: int) -> bool:
+    """Return what the first of so many ranks wants: clocks differ, and all must do the same."""
+    if size == 1:
+        return wanted
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    flag = torch.tensor([int(wanted)], device=device)
+    dist.broadcast(flag, 0)
+    return bool(flag.item())
+
+
 @contextmanager
 def ranks() -> Iterator[Ranks]:
     """Yield this process's place, as ``torchrun`` states it; one process where it states none."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +10,12 @@ from torch.distributed.tensor import DTensor
 
 from hansa.safeguard.losses import drift, next_token
 from hansa.safeguard.setup import Advance, Metrics, Setup
+
+# As types, since a default of a phase's own would drop limits that stand with the field.
+Steps = Annotated[int, Field(ge=0, strict=True)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=1, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Phase(BaseModel, ABC):
@@ -19,15 +25,15 @@ class Phase(BaseModel, ABC):
 
     kind: str
     """What a configuration calls it."""
-    steps: int = Field(150, ge=0, strict=True)
+    steps: Steps = 150
     """Optimizer steps."""
-    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    lr: Rate = 1e-3
     """Rate of AdamW, which is reached after the warm-up."""
-    warm_up: int = Field(15, ge=0, strict=True)
+    warm_up: Steps = 15
     """Steps of linear warm-up."""
-    lr_end: float = Field(1.0, ge=0, le=1)
+    lr_end: Share = 1.0
     """Share of the rate that is left at the last step, falling linearly from the first."""
-    batch_size: int = Field(32, ge=1, strict=True)
+    batch_size: Size = 32
     """Rows of each batch of what is kept, and of what is not."""
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
     max_norm: float | None = Field(None, gt=0)

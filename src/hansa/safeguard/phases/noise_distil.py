@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from hansa.safeguard.losses import distance
-from hansa.safeguard.phases.base import Phase
+from hansa.safeguard.phases.base import Phase, Rate, Share, Size, Steps
 from hansa.safeguard.setup import Advance, Metrics, Setup
 
 
@@ -25,11 +25,11 @@ class NoiseDistil(Phase):
     """Share of the noise; with 1 the student starts from nothing."""
     forget: float = Field(0.0, ge=0, lt=1)
     """Share of each batch that is restricted text, where the teacher is to be followed, too."""
-    steps: int = 600
-    lr: float = 2e-3
-    warm_up: int = 50
-    lr_end: float = 0.02
-    batch_size: int = 64
+    steps: Steps = 600
+    lr: Rate = 2e-3
+    warm_up: Steps = 50
+    lr_end: Share = 0.02
+    batch_size: Size = 64
 
     def prepare(self, setup: Setup) -> None:
         """Mix the matrices with noise of Xavier's deviation (Glorot and Bengio, 2010)."""

@@ -2,9 +2,11 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field, model_validator
+
 from hansa.errors import InputError
 from hansa.safeguard.losses import next_token
-from hansa.safeguard.phases.base import Phase
+from hansa.safeguard.phases.base import Phase, Rate, Share, Size, Steps
 from hansa.safeguard.setup import Advance, Metrics, Setup
 from hansa.safeguard.world import Table, World
 
@@ -13,15 +15,21 @@ class Pretrain(Phase):
     """Learns whole tables of the made-up world by heart."""
 
     kind: Literal["pretrain"] = "pretrain"
-    tables: tuple[Table, ...] = ("retained", "restricted")
+    tables: tuple[Table, ...] = Field(("retained", "restricted"), min_length=1)
     """What is learned; without the restricted table it gives the control that never knew it."""
-    steps: int = 900
-    lr: float = 2e-3
-    warm_up: int = 100
-    lr_end: float = 0.02
-    batch_size: int = 64
+    steps: Steps = 900
+    lr: Rate = 2e-3
+    warm_up: Steps = 100
+    lr_end: Share = 0.02
+    batch_size: Size = 64
 
     is_pretraining: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _deals(self) -> "Pretrain":
+        if self.batch_size % len(self.tables):
+            raise ValueError("a batch_size that can be dealt to the tables evenly")
+        return self
 
     def begin(self, setup: Setup) -> Advance:
         """Return a step on a batch that is dealt to the tables evenly."""

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 
 from hansa.safeguard.losses import random_mapping
+from hansa.safeguard.models import width_of
 from hansa.safeguard.phases.base import Phase, retain
 from hansa.safeguard.setup import Advance, Metrics, Setup
 
@@ -18,7 +19,7 @@ class RandomMapping(Phase):
 
     def begin(self, setup: Setup) -> Advance:
         """Return a step on retained and on restricted text."""
-        size = setup.model.get_input_embeddings().weight.shape  # type: ignore[operator]
+        size = (setup.data.vocabulary, width_of(setup.model))
         directions = torch.randn(size, generator=setup.rng("directions")).to(setup.device)
 
         def advance(step: int) -> Metrics:

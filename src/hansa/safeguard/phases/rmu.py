@@ -7,7 +7,7 @@ from pydantic import Field
 
 from hansa.errors import InputError
 from hansa.safeguard.losses import steering
-from hansa.safeguard.models import layers_of
+from hansa.safeguard.models import layers_of, width_of
 from hansa.safeguard.phases.base import Phase
 from hansa.safeguard.setup import Advance, Metrics, Setup
 
@@ -33,7 +33,7 @@ class RMU(Phase):
         trained = {
             id(p) for part in list(layers)[max(0, layer - 2) : layer + 1] for p in part.parameters()
         }
-        width = setup.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        width = width_of(setup.model)
         target = torch.rand(width, generator=setup.rng("target")).to(setup.device)
         target = self.coefficient * target / target.norm()
 

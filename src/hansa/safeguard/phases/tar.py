@@ -11,12 +11,12 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hansa.errors import InputError
 from hansa.safeguard.adversaries import Adversary, Drawn, draw
 from hansa.safeguard.losses import entropy, log_likelihood, next_token, preference
-from hansa.safeguard.phases.base import Phase, gradients, norm, retain
+from hansa.safeguard.phases.base import Phase, Rate, Size, Steps, gradients, norm, retain
 from hansa.safeguard.setup import Advance, Metrics, Setup
 from hansa.safeguard.trajectory import Harm, Loss, attack
 from hansa.seeding import derive
@@ -29,10 +29,10 @@ class TAR(Phase):
     """Tamper-resistant training."""
 
     kind: Literal["tar"] = "tar"
-    steps: int = 750
-    lr: float = 2e-5
-    warm_up: int = 32
-    batch_size: int = 8
+    steps: Steps = 750
+    lr: Rate = 2e-5
+    warm_up: Steps = 32
+    batch_size: Size = 8
     inner_steps: int = Field(64, ge=0, strict=True)
     """K, the attacker's steps; with 0 only what is kept is trained."""
     every: int = Field(4, ge=1, strict=True)
@@ -67,6 +67,12 @@ class TAR(Phase):
     """DPO's beta."""
     with_padding: bool = False
     """Whether padding is part of the means, as in the released code."""
+
+    @model_validator(mode="after")
+    def _has_points(self) -> "TAR":
+        if 0 < self.inner_steps < self.every and self.weights != "last":
+            raise ValueError("every must not be more than inner_steps: no loss would be taken")
+        return self
 
     def points(self) -> dict[int, float]:
         """Return what the loss counts after a step of the attacker, by its number from 0.
