@@ -163,6 +163,10 @@ class _Stage:
         if self.options.harness is not None:
             harness.check(self.loaded)
         self.notes: list[str] = []
+        if any(phase.kind == "refusal" for phase in config.chain):
+            self.notes.append(
+                "refusals: no attack trains on answers that are refused, and none are counted"
+            )
         self.attacks, self.edits = self._attacks(), self._edits()
         self.cells = cells_of(self.roles, self.attacks, self.edits, self.options.seeds)
 

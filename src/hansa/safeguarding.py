@@ -152,10 +152,10 @@ class _Stage:
         self._write(self.path / "bundle", last, made.weights, metrics, self._bundle(before))
         loaded = self._loaded
         if loaded is not None and loaded.own_tokenizer is not None:
-            model = copy.deepcopy(loaded.model)
+            model: Any = copy.deepcopy(loaded.model)
             model.load_state_dict(_inner(made.weights))
-            save: Any = model.save_pretrained
-            save(self.path / "model")
+            model.config.use_cache = True  # whoever generates with it wants one
+            model.save_pretrained(self.path / "model")
             loaded.own_tokenizer.save_pretrained(self.path / "model")
         for role, chain in self._chains.items():
             for link in chain:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hansa.bundle import read_bundle
 from hansa.errors import InputError
 from hansa.models.build import restore
+from hansa.safeguard.loop import descend
 from hansa.safeguard.models import layers_of, load_model
 from hansa.safeguard.phases import TAR
 from hansa.safeguard_config import load
@@ -84,9 +86,10 @@ def test_a_change_repeats_what_it_concerns(tmp_path):
     assert changed.bundle.digest != before.bundle.digest
 
 
-def test_a_killed_stage_ends_as_another(tmp_path):
+def test_a_killed_stage_ends_as_another(tmp_path, monkeypatch):
     values = world(tmp_path / "whole", controls={})
     whole = safeguard(values).bundle.digest
+    monkeypatch.setattr("hansa.safeguarding.descend", partial(descend, every=0.0))
 
     def watch(what, done, total):
         if what.startswith("tar") and done == 2:
@@ -95,6 +98,7 @@ def test_a_killed_stage_ends_as_another(tmp_path):
     broken = {**values, "output": str(tmp_path / "broken")}
     with pytest.raises(KeyboardInterrupt):
         safeguard(broken, watch=watch)
+    assert len(list(tmp_path.rglob("checkpoint.safetensors"))) == 1
     assert safeguard(broken).bundle.digest == whole
 
 
@@ -172,14 +176,18 @@ def test_questions_and_pairs_come_from_files(tmp_path, folder):
     questions.write_text("\n".join(json.dumps(line) for line in lines))
     pairs = tmp_path / "pairs.jsonl"
     held = {"prompt": "say it", "chosen": " no", "rejected": " the cat sat"}
-    pairs.write_text("\n".join(json.dumps(held) for _ in range(40)))
+    each = ({**held, "rejected": f" the cat sat {number}"} for number in range(40))
+    pairs.write_text("\n".join(json.dumps(pair) for pair in each))
     data = {"restricted_questions": str(questions), "pairs": str(pairs), "context": 96}
     values = texts(tmp_path, folder, data=data)
     values["phases"] = [{"kind": "refusal", **PHASE}, {**TAMPER, "loss": "dpo"}]
     made = safeguard(values)
     assert made.summary["scores"]["safeguarded"]["restricted"]["count"] == 3
-    history = next(made.path.glob("models/*/history.json"))
-    assert history.exists()
+    pairs.write_text("\n".join(json.dumps(held) for _ in range(40)))
+    with pytest.raises(InputError, match=r"data\.pairs.*stands there twice"):
+        safeguard(values)
+    pairs.write_text("\n".join(json.dumps({**held, "rejected": f" {k}"}) for k in range(40)))
+    assert safeguard(values).bundle.digest != made.bundle.digest
 
 
 @pytest.mark.parametrize(

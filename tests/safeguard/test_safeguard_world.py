@@ -66,6 +66,17 @@ def test_a_model_that_knows_nothing_is_right_by_chance():
     assert found.said < 0.2
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_broken_model_knows_nothing(value):
+    class Broken(_Oracle):
+        def forward(self, input_ids, attention_mask):
+            logits = torch.full((*input_ids.shape, WORLD.vocabulary), value)
+            return type("Output", (), {"logits": logits})
+
+    found = score(Broken(), WORLD.questions()["restricted"])
+    assert (found.choice, found.said) == (0.0, 0.0)
+
+
 def test_candidates_that_are_not_there_are_never_chosen():
     questions = WORLD.questions()["restricted"]
     fewer = questions.candidates.clone()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from hansa.bundle import CARD, Bundle, read_bundle
@@ -61,7 +62,7 @@ def load_model(path: str, context: int) -> Loaded:
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(
             _KEY,
             f"{path!r} without a causal model and its tokenizer ({first_line(error)})",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hansa.errors import InputError
 from hansa.safeguard.losses import Output, run
 from hansa.safeguard.rows import Data, Part, Preferences, Rows
 from hansa.seeding import generator
@@ -89,4 +90,7 @@ class Setup:
             yield
 
     def _mine(self, size: int) -> slice:
+        if size % self.ranks:
+            found = f"{size} rows for {self.ranks} processes"
+            raise InputError("phases.batch_size", found, "a multiple of the processes")
         return slice(self.rank, size, self.ranks)

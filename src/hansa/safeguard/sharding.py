@@ -34,9 +34,8 @@ class Ranks(NamedTuple):
 
     def shard(self, model: nn.Module) -> nn.Module:
         """Return a model on this rank's device, of which each rank holds its part."""
-        model.to(self.device)
         if self.size == 1:
-            return model
+            return model.to(self.device)
         mesh = init_device_mesh(self.device.type, (self.size,))
         for layer in layers_of(model):
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -54,10 +53,23 @@ def agreed(wanted: bool, size: int) -> bool:
     """Return what the first of so many ranks wants: clocks differ, and all must do the same."""
     if size == 1:
         return wanted
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    flag = torch.tensor([int(wanted)], device=device)
+    flag = _flag(wanted)
     dist.broadcast(flag, 0)
     return bool(flag.item())
+
+
+def any_rank(found: bool, size: int) -> bool:
+    """Return whether any of so many ranks has found something."""
+    if size == 1:
+        return found
+    flag = _flag(found)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _flag(value: bool) -> torch.Tensor:
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    return torch.tensor([int(value)], device=device)
 
 
 @contextmanager
@@ -70,6 +82,8 @@ def ranks() -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(device=device)
         return
+    if is_gpu:
+        torch.cuda.set_device(device)  # what is sharded goes to the current one
     dist.init_process_group("nccl" if is_gpu else "gloo")
     try:
         yield Ranks(dist.get_rank(), size, device)

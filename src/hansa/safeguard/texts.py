@@ -104,6 +104,13 @@ class Texts(Data):
                 found = f"text without one row of {options.context} tokens for {name}"
                 raise InputError("data", found, "longer texts, or a smaller context")
         check_disjoint(self._parts)
+        self._clients = {
+            name: self._rows(source, f"data.clients.{name}")
+            for name, source in options.clients.items()
+        }
+        for name, rows in self._clients.items():
+            for part in ("attacker", "restricted"):
+                check_disjoint({f"client {name}": rows, part: self._parts[part]})
         self._pairs = None if options.pairs is None else self._read_pairs(options.pairs)
 
     def source(self, part: Part) -> Source:
@@ -151,8 +158,7 @@ class Texts(Data):
     def clients(self) -> Mapping[str, Client]:
         """Return the clients that play the attacker."""
         found = {}
-        for name, source in self.options.clients.items():
-            rows = self._rows(source, f"data.clients.{name}")
+        for name, rows in self._clients.items():
             cut = round(0.8 * len(rows))
             if not 0 < cut < len(rows):
                 raise InputError(f"data.clients.{name}", f"{len(rows)} rows", "two or more")
@@ -162,9 +168,19 @@ class Texts(Data):
     def fingerprint(self) -> str:
         """Return the SHA-256 of all rows."""
         digest = hashlib.sha256(self.options.model_dump_json().encode())
-        for rows in self._parts.values():
+        for rows in self._held():
             digest.update(rows.tokens.numpy().tobytes())
         return digest.hexdigest()
+
+    def _held(self) -> Iterator[Rows]:
+        """Yield all that is trained on or asked for, files included."""
+        yield from self._parts.values()
+        yield from self._clients.values()
+        if self._pairs is not None:
+            yield from (self._pairs.chosen, self._pairs.rejected)
+        for questions in self.questions().values():
+            answers = questions.answers.flatten().unsqueeze(1)
+            yield from (questions.rows, Rows.whole(answers))
 
     @property
     def _files(self) -> dict[str, str]:
@@ -205,9 +221,13 @@ class Texts(Data):
         pool = rows.tokens.flatten()
         others = pool[torch.randint(0, len(pool), (*shape, 3), generator=rng)]
         others = torch.where(others == right.unsqueeze(-1), -1, others)
-        return Questions(
-            rows, places, torch.cat([right.unsqueeze(-1), others], -1), torch.zeros_like(places)
-        )
+        candidates = torch.cat([right.unsqueeze(-1), others], -1)
+        answers = torch.randint(0, 4, places.shape, generator=rng)
+        # The right one changes places with the first, so that no place gives it away.
+        index = torch.arange(4).expand(candidates.shape).clone()
+        index[..., 0] = answers
+        index.scatter_(-1, answers.unsqueeze(-1), 0)
+        return Questions(rows, places, candidates.gather(-1, index), answers)
 
     def _asked(self, path: str, key: str, template: str) -> Questions:
         texts, answers, widths = [], [], []
@@ -244,6 +264,9 @@ class Texts(Data):
                 held.append((prompt + self._encode(str(record[side])), len(prompt)))
         if len(sides["chosen"]) < 10:
             raise InputError("data.pairs", f"{len(sides['chosen'])} pairs", "10 or more")
+        if len({tuple(text) for text, _ in sides["rejected"]}) < len(sides["rejected"]):
+            allowed = "each once, since some are the attacker's"
+            raise InputError("data.pairs", "a pair that stands there twice", allowed)
         rows = {side: Rows.padded(held, self.context) for side, held in sides.items()}
         if any((each.counted.sum(1) == 0).any() for each in rows.values()):
             found = f"a prompt that leaves no room for an answer in {self.context} tokens"

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from hansa.errors import InputError
 from hansa.safeguard.losses import distance
 from hansa.safeguard.phases.base import Phase, Rate, Share, Size, Steps
 from hansa.safeguard.setup import Advance, Metrics, Setup
@@ -43,6 +44,8 @@ class NoiseDistil(Phase):
 
     def begin(self, setup: Setup) -> Advance:
         """Return a step towards the model as the phase finds it."""
+        if setup.ranks > 1:
+            raise InputError("phases.kind", "'noise_distil' on several processes", "one process")
         teacher = copy.deepcopy(setup.model).requires_grad_(False).eval()
         other = round(self.forget * self.batch_size)
 

@@ -18,6 +18,7 @@ from hansa.safeguard.adversaries import Adversary, Drawn, draw
 from hansa.safeguard.losses import entropy, log_likelihood, next_token, preference
 from hansa.safeguard.phases.base import Phase, Rate, Size, Steps, gradients, norm, retain
 from hansa.safeguard.setup import Advance, Metrics, Setup
+from hansa.safeguard.sharding import any_rank
 from hansa.safeguard.trajectory import Harm, Loss, attack
 from hansa.seeding import derive
 
@@ -166,7 +167,9 @@ class TAR(Phase):
             # The last of several tasks is the one that is told.
             metrics |= {"adversary": number, "adversary_lr": drawn.lr, **told}
         is_finite = all(math.isfinite(value) for value in metrics.values())
-        return found, metrics if is_finite else {**metrics, "diverged": 1.0}
+        # Of several ranks each saw rows of its own, and all must leave the step out or none.
+        diverged = any_rank(not is_finite or "diverged" in metrics, setup.ranks)
+        return found, {**metrics, "diverged": 1.0} if diverged else metrics
 
     def _harm(self, setup: Setup, drawn: Drawn, *purpose: int) -> Harm:
         """Return what an attacker descends: the loss of its text, or of answers refused."""
