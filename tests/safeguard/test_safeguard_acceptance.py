@@ -79,8 +79,8 @@ def test_little_comes_back_within_the_budget(card):
 
 def test_what_is_still_of_use_recovers_less(card):
     useful = recovered(card, 50, "of_use")
-    assert useful["same_compute"] >= 0.8
     assert useful["safeguarded"] <= 0.35
+    assert useful["same_compute"] - useful["safeguarded"] >= 0.25
 
 
 def test_longer_attacks_in_training_resist_longer(card):
