@@ -46,7 +46,7 @@ def safeguard(
     Console().print(table)
     for name, place in places.items():
         print(f"{name}: {place}")
-    print(f"what it takes to remove it: hansa redteam {config}")
+    print(f"what it takes to remove it: hansa redteam {made.path / 'config.toml'}")
 
 
 def redteam(

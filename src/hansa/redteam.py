@@ -75,8 +75,9 @@ def redteam(
     """Attack all models that ``safeguard`` made of a configuration, or one bundle.
 
     Args:
-        source: the configuration, or the folder of a bundle, of whose card the configuration is
-            taken; alone it has no controls, and its scorecard says so.
+        source: the configuration, the one in a run's own folder, or the folder of a bundle, of
+            whose card the configuration is taken; alone it has no controls, and its scorecard says
+            so.
         overrides: ``key=value`` with dotted keys, such as ``redteam.processes=2``.
         out: the folder to make or to go on in; by default ``redteam`` in the run's folder, and
             ``redteam-NAME`` beside a bundle.
@@ -252,17 +253,20 @@ def _models(source: str | Path | Mapping[str, Any], config: SafeguardConfig) -> 
         path = Path(source)
         name = path.resolve().name
         return _Models({"safeguarded": path}, {}, path.resolve().with_name(f"redteam-{name}"))
-    file = config.folder / "models.json"
+    folder = config.folder
+    if not isinstance(source, Mapping) and (Path(source).parent / "models.json").is_file():
+        folder = Path(source).parent  # the configuration that lies in a run's own folder
+    file = folder / "models.json"
     try:
         told = json.loads(file.read_text())
-        paths = {str(role): config.folder / path for role, path in told["roles"].items()}
+        paths = {str(role): folder / path for role, path in told["roles"].items()}
         cost = {str(role): float(steps) for role, steps in told["cost_in_steps"].items()}
         if "safeguarded" not in paths:
             raise KeyError("safeguarded")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"no models of a safeguard ({type(error).__name__})"
         raise InputError(str(file), found, "what hansa safeguard CONFIG makes") from error
-    return _Models(paths, cost, config.folder / "redteam")
+    return _Models(paths, cost, folder / "redteam")
 
 
 def _with_tokenizer(config: SafeguardConfig, path: Path) -> Loaded:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -6,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from hansa.bundle import read_bundle
 from hansa.errors import InputError
 from hansa.models.build import restore
+from hansa.redteam import redteam
 from hansa.safeguard.loop import descend
-from hansa.safeguard.models import layers_of, load_model
+from hansa.safeguard.models import layers_of, load_model, width_of
 from hansa.safeguard.phases import TAR
 from hansa.safeguard_config import load
 from hansa.safeguarding import safeguard
@@ -170,6 +172,58 @@ def test_a_model_of_transformers_is_safeguarded_with_its_tokenizer(tmp_path, fol
     assert set(made.summary["roles"]) == {"unprotected", "before", "safeguarded"}
 
 
+def test_a_red_team_of_texts_finds_its_tokenizer_and_other_processes(tmp_path, folder):
+    values = texts(tmp_path, folder)
+    attack = {"name": "full", "steps": 2, "lrs": [1e-3], "batch": 2}
+    values["redteam"] = {"attacks": [attack], "edits": [], "seeds": [0], "processes": 2}
+    made = safeguard(values)
+    both = redteam(values).scorecard
+    attacks = "redteam.attacks=[{name='full',steps=2,lrs=[1e-3],batch=2}]"
+    changes = [attacks, "redteam.edits=[]", "redteam.seeds=[0]"]
+    alone = redteam(made.path / "bundle", overrides=changes).scorecard
+    assert alone["recovery"]["safeguarded"] == both["recovery"]["safeguarded"]
+    elsewhere = safeguard(values, out=tmp_path / "elsewhere").path
+    found = redteam(elsewhere / "config.toml", overrides=["redteam.processes=1"])
+    assert found.path == elsewhere / "redteam"
+    assert found.scorecard["bundle"] == both["bundle"]
+    changed = {**values, "phases": [{**values["phases"][0], "steps": 4}, TAMPER]}
+    with pytest.raises(InputError, match="hansa safeguard CONFIG first"):
+        redteam(changed)
+
+
+def test_clients_may_not_hold_what_is_asked_for(tmp_path, folder):
+    values = texts(tmp_path, folder)
+    values["data"]["clients"] = {"ward": values["data"]["restricted"]}
+    with pytest.raises(InputError, match="client ward and attacker share"):
+        safeguard(values)
+
+
+def test_other_weights_in_the_same_folder_are_another_start(tmp_path, folder):
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    values = texts(tmp_path, mine)
+    first = safeguard(values).bundle.digest
+    model = AutoModelForCausalLM.from_pretrained(mine, dtype=torch.float32)
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(2)
+    model.save_pretrained(mine)
+    assert safeguard(values).bundle.digest != first
+
+
+def test_hidden_states_of_two_widths_are_refused():
+    config = OPTConfig(
+        vocab_size=40,
+        hidden_size=16,
+        ffn_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        word_embed_proj_dim=8,
+        max_position_embeddings=16,
+    )
+    with pytest.raises(InputError, match=r"hidden states of widths \[8, 16\]"):
+        width_of(OPTForCausalLM(config))
+
+
 def test_questions_and_pairs_come_from_files(tmp_path, folder):
     questions = tmp_path / "questions.jsonl"
     lines = [{"question": "who sat?", "choices": ["cat", "mat", "hat"], "answer": 0}] * 3
@@ -198,6 +252,12 @@ def test_questions_and_pairs_come_from_files(tmp_path, folder):
         ({"phases": [{"steps": 3}]}, "phases.0.kind: found nothing"),
         ({"phases": [{"kind": "tar", "innersteps": 3}]}, "did you mean inner_steps"),
         ({"phases": [{"kind": "refusal", **PHASE}]}, "data.pairs"),
+        ({"phases": [{**TAMPER, "lr": -1.0}]}, "phases.0.*lr.*greater than 0"),
+        ({"phases": [{**TAMPER, "batch_size": 0}]}, "phases.0.*batch_size"),
+        ({"phases": [{**TAMPER, "adversaries": [{"lrs": [-1.0]}]}]}, "phases.0.*adversaries.0.lrs"),
+        ({"phases": [{**TAMPER, "every": 9}]}, "every must not be more than inner_steps"),
+        ({"phases": [{"kind": "pretrain", "tables": []}, TAMPER]}, "phases.0.*tables"),
+        ({"phases": [{"kind": "pretrain", "batch_size": 1}, TAMPER]}, "dealt to the tables"),
         ({"data": {"shares": [0.9, 0.1, 0.0]}}, "shares"),
         ({"data": {"kind": "word"}}, "data.kind: found 'word'"),
         ({"controls": {"before": {"phases": [TAMPER]}}}, "controls.before"),
@@ -255,7 +315,11 @@ def test_two_processes_train_as_one(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(load(world(tmp_path / "two", controls={})).as_toml())
     script = (
-        "import torch; torch.set_num_threads(1)\n"
+        "import os, torch; torch.set_num_threads(1)\n"
+        "import hansa.safeguard.loop as loop\n"
+        # Clocks of two speeds: each rank alone would write checkpoints after other steps.
+        "clock, speed = [0.0], 40.0 - 15.0 * int(os.environ['RANK'])\n"
+        "loop.monotonic = lambda: clock.append(clock.pop() + speed) or clock[0]\n"
         "from hansa.safeguarding import safeguard\n"
         f"safeguard({str(path)!r})\n"
     )
