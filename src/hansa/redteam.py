@@ -307,9 +307,8 @@ def _check_made(safeguarded: Bundle, config: SafeguardConfig) -> None:
     Raises:
         InputError: they are of other phases or of another seed.
     """
-    made = safeguarded.card["config"]
-    phases = [phase.model_dump(mode="json", exclude_none=True) for phase in config.chain]
-    if (made.get("phases"), made.get("seed")) != (phases, config.seed):
+    made = load(safeguarded.card["config"])  # with what it leaves to defaults
+    if (made.chain, made.seed) != (config.chain, config.seed):
         found = "models that were made before the configuration changed"
         raise InputError("phases", found, "hansa safeguard CONFIG first")
 
