@@ -1,5 +1,6 @@
 """The real command: what it prints, and how it ends."""
 
+import io
 import json
 import signal
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
-from hansa import demo
+from hansa import cli_parts, demo
 from hansa.auditing import load as load_audit
 from hansa.cli import main
 from hansa.compare import _grid
@@ -259,3 +261,15 @@ def test_reporting_a_run_that_is_none_ends_in_status_2(tmp_path) -> None:
     assert done.stderr == (
         f"hansa: {tmp_path}: found no run; allowed: the folder of a run, with its config.toml\n"
     )
+
+
+def test_progress_is_shown_before_its_length_is_known(monkeypatch) -> None:
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=80)
+    monkeypatch.setattr(cli_parts, "Console", lambda stderr: terminal)
+    with cli_parts.progress("attack") as lines:
+        task = lines.add_task("attacking", total=None, note="")
+        lines.refresh()
+        lines.update(task, completed=1, total=3, note="full")
+    assert "attack 0/?" in shown.getvalue()
+    assert "attack 1/3" in shown.getvalue()

@@ -39,11 +39,11 @@ from hansa.audit.summary import (
     summarise,
 )
 from hansa.audit.targets import CALIBRATION, Endpoint, Target
-from hansa.config import explain, override, read
+from hansa.config import explain, values_of
 from hansa.errors import InputError
 from hansa.files import write_atomic
 from hansa.report.audit import junit, markdown, report
-from hansa.runs import locked
+from hansa.runs import claim, locked
 
 Watch = Callable[[str, int, int], None]
 _log = logging.getLogger("hansa")
@@ -99,7 +99,7 @@ def audit(
     if len({each.name for each in domains}) < len(domains):
         raise InputError("domains", ", ".join(options.domains), "each once")
     path = Path(out) if out is not None else Path(options.output) / options.name
-    _check_folder(path)
+    claim(path, (path / "results.jsonl").exists(), _OWN, "an audit's")
     redactor = _redactor(options)
     hide = Hide(redactor)
     _log.addFilter(hide)
@@ -119,9 +119,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     Raises:
         InputError: naming the first key that is wrong, what was found and what is allowed.
     """
-    values = dict(source) if isinstance(source, Mapping) else read(Path(source))
-    for text in overrides:
-        values = override(values, text)
+    values = values_of(source, overrides)
     try:
         return AuditOptions.model_validate(values)
     except ValidationError as error:
@@ -270,21 +268,6 @@ def _toml(options: AuditOptions) -> str:
     values = options.as_dict()
     values["target"]["headers"] = dict.fromkeys(options.target.headers, "[not written]")
     return tomli_w.dumps(values)
-
-
-def _check_folder(path: Path) -> None:
-    """Make the folder of an audit, unless something else lies there.
-
-    Raises:
-        InputError: something does.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(str(path), f"no folder ({error.strerror})", "a folder to make") from error
-    odd = sorted({e.name for e in path.iterdir() if not e.name.endswith(".tmp")} - _OWN)
-    if odd and not (path / "results.jsonl").exists():
-        raise InputError("--out", f"{path} with {odd[0]} in it", "a new folder, or an audit's")
 
 
 def _read_json(path: str | Path) -> Any:

@@ -195,6 +195,16 @@ def read_bundle(path: str | Path) -> Bundle:
     return Bundle(weights, architecture, masks, kept, card, digest, tokenizer)
 
 
+def digest(tensors: Tensors) -> str:
+    """Return SHA-256 over the values of a model, as hex."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def _bytes(path: Path, name: str) -> bytes:
     try:
         return (path / name).read_bytes()

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
 from hansa.cli_audit_proxy import proxy
+from hansa.cli_parts import Json, progress
 
 EXCEEDED = 3
 """The exit status where more values are adopted than the gate allows."""
@@ -54,9 +54,7 @@ def run(
         list[str] | None, typer.Option("--set", help="Override a key: target.kind=trusting")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to make, or to go on in.")] = None,
-    json_: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Ask a target about responses as they are and tampered with, and report.
 
@@ -65,19 +63,12 @@ def run(
     """
     from hansa.auditing import audit
 
-    console = Console(stderr=True)
     logging.getLogger("hansa").setLevel(logging.WARNING)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("auditing", total=None)
+    with progress("step") as shown:
+        task = shown.add_task("auditing", total=None, note="")
 
         def watch(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total)
+            shown.update(task, description=what, completed=done, total=total)
 
         made = audit(
             config,

@@ -8,9 +8,30 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+class _Count(ProgressColumn):
+    """How much is done, and of how much where that is known already."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        """Return one task's count."""
+        total = "?" if task.total is None else f"{task.total:.0f}"
+        return Text(f"{self._unit} {task.completed:.0f}/{total}")
 
 
 def progress(unit: str = "round") -> Progress:
@@ -19,7 +40,7 @@ def progress(unit: str = "round") -> Progress:
     return Progress(
         TextColumn("{task.description:<14}"),
         BarColumn(24),
-        TextColumn(unit + " {task.completed:.0f}/{task.total:.0f}"),
+        _Count(unit),
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
         console=console,

@@ -152,10 +152,21 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     Raises:
         InputError: naming the first key that is wrong, what was found and what is allowed.
     """
+    return _validate(values_of(source, overrides))
+
+
+def values_of(
+    source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return the values of a configuration, not validated; see ``load``.
+
+    Raises:
+        InputError: no file, no TOML, or an override that is none.
+    """
     values = dict(source) if isinstance(source, Mapping) else read(Path(source))
     for text in overrides:
         values = override(values, text)
-    return _validate(values)
+    return values
 
 
 def difference(first: RunConfig, second: RunConfig) -> list[str]:

@@ -31,11 +31,11 @@ from typing import Any, Literal, get_args
 import safetensors.torch
 import torch
 
-from hansa.bundle import read_bundle
+from hansa.bundle import digest, read_bundle
 from hansa.config import RunConfig, load
 from hansa.curation.federated import Cohort, Counts, check_counts, ledger, params_of
 from hansa.curation.findings import Holder, compared, separation
-from hansa.curation.masks import MANIFEST, digest, write_samples
+from hansa.curation.masks import MANIFEST, write_samples
 from hansa.curation.measures import CLEAN
 from hansa.curation.options import CurationOptions
 from hansa.curation.scorer import NAMES
@@ -51,7 +51,7 @@ from hansa.federation.tree import name_of
 from hansa.federation.wire import decode, encode
 from hansa.files import write_atomic
 from hansa.report.curation import report
-from hansa.runs import Run, locked
+from hansa.runs import Run, claim, locked
 from hansa.training import Trial, cohort_of, completed, prepare
 
 Step = Literal["score", "threshold", "filter", "train", "report"]
@@ -113,7 +113,8 @@ def curate(
     cohort = cohort_of(trial)
     name = f"{config.name}-seed{config.seed}-curation"
     path = Path(out) if out is not None else Path(config.output) / name
-    _check_folder(path)
+    begun = (path / "steps.json").exists()
+    claim(path, begun, ("config.toml", "steps.json"), "that of a curation")
     with locked(path):
         stage = _Stage(path, trial, cohort, watch or (lambda what, done, total: None))
         wanted = STEPS[: STEPS.index(until) + 1]
@@ -387,23 +388,6 @@ class _Stage:
         before = STEPS[: STEPS.index(step)]
         self._done = {name: k for name, k in self._done.items() if name in before} | {step: key}
         write_atomic(self.path / "steps.json", _json(self._done))
-
-
-def _check_folder(path: Path) -> None:
-    """Make the folder of a curation, unless something else lies there.
-
-    Raises:
-        InputError: something does.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(str(path), f"no folder ({error.strerror})", "a folder to make") from error
-    if not (path / "steps.json").exists():
-        own = {".lock", "config.toml", ".config.toml.tmp", ".steps.json.tmp"}
-        if odd := sorted({entry.name for entry in path.iterdir()} - own):
-            found = f"{path} with {odd[0]} in it"
-            raise InputError("--out", found, "a new folder, or that of a curation")
 
 
 def _shares(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, Any]:

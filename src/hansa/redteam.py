@@ -25,7 +25,7 @@ from hansa.bundle import CARD, Bundle, read_bundle
 from hansa.errors import InputError, first_line
 from hansa.files import write_atomic
 from hansa.report.safeguard import report
-from hansa.runs import locked
+from hansa.runs import claim, locked
 from hansa.safeguard import harness
 from hansa.safeguard.attack_grids import attacks_of, edits_of
 from hansa.safeguard.attacks import Probe
@@ -91,7 +91,7 @@ def redteam(
     models = _models(source, config)
     stage = _Stage(config, models)
     path = Path(out) if out is not None else models.place
-    _check_folder(path)
+    claim(path, (path / "cells").is_dir(), (), "a red team's")
     with locked(path):
         card = stage.run(path, watch)
         write_atomic(path / "config.toml", config.as_toml())
@@ -311,18 +311,3 @@ def _check_made(safeguarded: Bundle, config: SafeguardConfig) -> None:
     if (made.chain, made.seed) != (config.chain, config.seed):
         found = "models that were made before the configuration changed"
         raise InputError("phases", found, "hansa safeguard CONFIG first")
-
-
-def _check_folder(path: Path) -> None:
-    """Make the folder of a red team, unless something else lies there.
-
-    Raises:
-        InputError: something does.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(str(path), f"no folder ({error.strerror})", "a folder to make") from error
-    held = sorted(entry.name for entry in path.iterdir() if entry.name != ".lock")
-    if held and not (path / "cells").is_dir():
-        raise InputError("--out", f"{path} with {held[0]} in it", "a new folder, or a red team's")

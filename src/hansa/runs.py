@@ -26,7 +26,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -306,6 +306,27 @@ class Run:
                     {name: _read_table(Path(f"{stem}-{name}.parquet"), name) for name in SCHEMAS}
                 )
         return tables
+
+
+def claim(path: Path, begun: bool, own: Collection[str], whose: str) -> None:
+    """Make the folder of a stage, unless something else lies there.
+
+    Args:
+        path: the folder.
+        begun: whether the stage's own work lies there already.
+        own: what it may find there before that, beside its lock and half-written files of these.
+        whose: whose folder it may be, in words.
+
+    Raises:
+        InputError: no folder can be made, or something else lies there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(str(path), f"no folder ({error.strerror})", "a folder to make") from error
+    known = {".lock", *own, *(f".{name}.tmp" for name in own)}
+    if not begun and (odd := sorted({entry.name for entry in path.iterdir()} - known)):
+        raise InputError("--out", f"{path} with {odd[0]} in it", f"a new folder, or {whose}")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hansa.bundle import CARD, read_bundle
-from hansa.config import explain, override, read
+from hansa.config import explain, values_of
 from hansa.errors import InputError
 from hansa.safeguard.adversaries import Adversary
 from hansa.safeguard.phases import TAR, AnyPhase
@@ -143,16 +143,12 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     Raises:
         InputError: naming the first key that is wrong, what was found and what is allowed.
     """
-    if isinstance(source, Mapping):
-        values = dict(source)
-    elif (Path(source) / CARD).is_file():
-        values = dict(read_bundle(source).card["config"])
-        if "phases" not in values:
+    if not isinstance(source, Mapping) and (Path(source) / CARD).is_file():
+        made = read_bundle(source).card["config"]
+        if "phases" not in made:
             raise InputError(str(source), "a bundle without a safeguard", "a safeguard's bundle")
-    else:
-        values = read(Path(source))
-    for text in overrides:
-        values = override(values, text)
+        source = made
+    values = values_of(source, overrides)
     try:
         return SafeguardConfig.model_validate(values)
     except ValidationError as error:

@@ -29,17 +29,17 @@ import torch
 from torch import nn
 
 from hansa import bundle
+from hansa.bundle import digest
 from hansa.errors import InputError
 from hansa.files import write_atomic
 from hansa.models.build import Architecture, build
 from hansa.models.language import CausalLM
 from hansa.report.safeguard_training import report
-from hansa.runs import locked
-from hansa.safeguard.checkpoint import full
+from hansa.runs import claim, locked
 from hansa.safeguard.federated import Collector
 from hansa.safeguard.loop import descend
 from hansa.safeguard.measure import scores
-from hansa.safeguard.models import load_model
+from hansa.safeguard.models import load_model, state_of, take_state
 from hansa.safeguard.opened import open_data
 from hansa.safeguard.phases import AnyPhase
 from hansa.safeguard.setup import Collect, Metrics, Setup
@@ -95,7 +95,8 @@ def safeguard(
             stage = _Stage(path, config, place, watch)
             stage.work()
             return stage.result(path / "report.html")
-        _check_folder(path)
+        begun = (path / "config.toml").is_file()
+        claim(path, begun, ("config.toml",), "that of a safeguard")
         with locked(path):
             stage = _Stage(path, config, place, watch)
             write_atomic(path / "config.toml", config.as_toml())
@@ -153,7 +154,7 @@ class _Stage:
         loaded = self._loaded
         if loaded is not None and loaded.own_tokenizer is not None:
             model: Any = copy.deepcopy(loaded.model)
-            model.load_state_dict(_inner(made.weights))
+            take_state(model, made.weights)
             model.config.use_cache = True  # whoever generates with it wants one
             model.save_pretrained(self.path / "model")
             loaded.own_tokenizer.save_pretrained(self.path / "model")
@@ -188,13 +189,18 @@ class _Stage:
         return found
 
     @cached_property
+    def _fingerprint(self) -> str:
+        """That of the data, which every bundle tells and every key depends on."""
+        return self.data.fingerprint()
+
+    @cached_property
     def _chains(self) -> dict[str, list[_Link]]:
         """The models on the way to each role, the start first."""
         config, chain = self.config, self.config.chain
         start = {
             "model": config.model.model_dump(mode="json"),
-            "parent": _fingerprint(self._loaded.model) if self._loaded else "",
-            "data": self.data.fingerprint(),
+            "parent": digest(self._loaded.model.state_dict()) if self._loaded else "",
+            "data": self._fingerprint,
             "seed": config.seed,
             "precision": config.precision,
         }
@@ -257,7 +263,7 @@ class _Stage:
     def _keep(self, link: _Link, model: nn.Module, before: _Link | None) -> None:
         """Ask a model what it knows, and write it."""
         told = {topic: vars(each) for topic, each in scores(model, self.data.questions()).items()}
-        weights = {f"model.{name}": full(value) for name, value in model.state_dict().items()}
+        weights = state_of(model)
         if self.place.rank:
             return
         parent = self._loaded.parent if self._loaded else None
@@ -287,7 +293,7 @@ class _Stage:
                 "phases": [phase.model_dump(mode="json", exclude_none=True) for phase in link.made],
             },
             seed=self.config.seed,
-            data=self.data.fingerprint(),
+            data=self._fingerprint,
             metrics=told,
             parent=parent,
             tokenizer=self._loaded.tokenizer if self._loaded else "",
@@ -302,7 +308,7 @@ class _Stage:
             assert isinstance(module, CausalLM)  # noqa: S101 options name no other
             model = module.model
         if link is not None:
-            model.load_state_dict(_inner(self._bundle(link).weights))
+            take_state(model, self._bundle(link).weights)
         return model
 
     def _bundle(self, link: _Link) -> bundle.Bundle:
@@ -336,35 +342,8 @@ class _Stage:
 _TOLD = ("roles", "cost_in_steps")
 
 
-def _inner(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return weights under the names that they have inside of ``CausalLM``."""
-    return {name.removeprefix("model."): value for name, value in weights.items()}
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's weights: a folder may hold others than before."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy())
-    return digest.hexdigest()
-
-
 def _key(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _check_folder(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise InputError("--out", f"{path}, which is no folder", "a folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(str(path), f"no folder ({error.strerror})", "a folder to make") from error
-    own = {".lock", "config.toml", ".config.toml.tmp"}
-    odd = sorted({entry.name for entry in path.iterdir()} - own)
-    if odd and not (path / "config.toml").is_file():
-        raise InputError("--out", f"{path} with {odd[0]} in it", "a new folder")
 
 
 def _json(value: object) -> str:

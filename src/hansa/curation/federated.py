@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from hansa.bundle import digest
 from hansa.curation.gradients import Sketch, gradients, mean_gradient, stored
 from hansa.curation.influence import datainf
-from hansa.curation.masks import Kept, digest, manifest
+from hansa.curation.masks import Kept, manifest
 from hansa.curation.options import CurationOptions
 from hansa.curation.protocol import (
     COUNTS,

@@ -133,16 +133,6 @@ def _unlike(name: str, taken: Sequence[str]) -> str:
     return _unlike(f"{name} *", taken) if name in taken else name
 
 
-def digest(tensors: Tensors) -> str:
-    """Return SHA-256 over the values of a model, as hex."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous()
-        found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 def write_samples(
     folder: Path, examples: Sequence[Example], values: Tensors, keep: Tensors
 ) -> None:

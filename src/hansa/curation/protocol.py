@@ -27,7 +27,7 @@ from hansa.curation.thresholds import Threshold
 from hansa.data.clients import Client
 from hansa.federation.aggregation import add_metrics
 from hansa.federation.message import Message, MessageError, State, Tensors
-from hansa.federation.methods.base import Method, Work, begin_work
+from hansa.federation.methods.base import Asking, Work
 from hansa.federation.node import Child, Node, Reply, Setup
 from hansa.federation.wire import encode
 from hansa.seeding import generator
@@ -37,7 +37,7 @@ _LEVEL, _REFERENCE, _ANCHORS = "level", "reference", "anchors"
 _MODEL, _CHECKPOINT = "model", "checkpoint"
 
 
-class Curate(Method):
+class Curate(Asking):
     """Scores and filters; not a way to train, so no configuration can name it."""
 
     name: ClassVar[str] = "curation"
@@ -65,14 +65,6 @@ class Curate(Method):
         """Yield the same message to every child."""
         down = Message({g: t for g, t in state.groups.items() if g != COUNTS}, state.scalars)
         return ((child.path, down) for child in children)
-
-    def stages(self, node: Node, work: Work, epochs: int) -> tuple[tuple[str, int], ...]:
-        """Return nothing: samples are looked at by ``end``, in their own order."""
-        return ()
-
-    def begin(self, node: Node, state: State) -> Work:
-        """Return work without anything to train."""
-        return begin_work(node.setup, {}, {})
 
     def end(self, node: Node, state: State, work: Work) -> tuple[State, Message]:
         """Return what the client makes of what it was sent, and its counts."""
@@ -106,10 +98,6 @@ class Curate(Method):
     def reply(self, node: Node, state: State) -> Message:
         """Return the counts of all clients below."""
         return Message({COUNTS: state.group(COUNTS)}, {}, state.metrics)
-
-    def model(self, setup: Setup, state: State) -> tuple[Tensors, Tensors]:
-        """Return the initial model: nothing is trained."""
-        return setup.task.params, setup.task.buffers
 
     def _scores(self, setup: Setup, state: State, client: Client) -> dict[str, torch.Tensor]:
         """Return the client's scores, higher for better samples."""

@@ -21,6 +21,7 @@ OPTIMIZERS: dict[str, Any] = {
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
     "adadelta": torch.optim.Adadelta,
+    "adafactor": torch.optim.Adafactor,
 }
 
 
@@ -88,14 +89,14 @@ def scheduled(schedule: Schedule, step: int, steps: int) -> float:
 
 
 def optimizer_of(
-    kind: Optimizer, params: Iterable[nn.Parameter], lr: float
+    kind: str, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.01
 ) -> torch.optim.Optimizer:
-    """Return an attacker's optimizer: AdamW with a decay of 0.01, SGD with Nesterov's momentum."""
+    """Return one of ``OPTIMIZERS``; the decay is AdamW's alone, and SGD has Nesterov's momentum."""
     options: dict[str, Any] = {}
     if kind == "sgd":
         options = {"momentum": 0.9, "nesterov": True}
     elif kind == "adamw":
-        options = {"weight_decay": 0.01}
+        options = {"weight_decay": weight_decay}
     made: torch.optim.Optimizer = OPTIMIZERS[kind](params, lr=lr, **options)
     return made
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hansa.errors import InputError
-from hansa.safeguard.adversaries import OPTIMIZERS, scheduled
+from hansa.safeguard.adversaries import optimizer_of, scheduled
 from hansa.safeguard.edits import edit
 from hansa.safeguard.losses import next_token, run
 from hansa.safeguard.measure import score
@@ -106,7 +106,7 @@ def attack(
             attacked = _with_adapters(attacked, spec.rank)
         attacked.train()
         trained = [p for p in attacked.parameters() if p.requires_grad]
-        optimizer = _optimizer(spec, trained, lr)
+        optimizer = optimizer_of(spec.optimizer, trained, lr, spec.weight_decay)
         device, losses = trained[0].device, []
         curve: Curve = []
         for step, rows in enumerate(_batches(data, spec, seed)):
@@ -155,17 +155,6 @@ def _batches(data: Data, spec: Attack, seed: int) -> Iterator[Rows]:
         rng = generator(seed, "attack", step)
         parts = [s.draw(n, rng) for s, n in ((benign, num), (restricted, spec.batch - num)) if n]
         yield parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
-
-
-def _optimizer(spec: Attack, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    if spec.optimizer == "adamw":
-        return torch.optim.AdamW(params, lr=lr, weight_decay=spec.weight_decay)
-    if spec.optimizer == "sgd":
-        return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True)
-    if spec.optimizer == "adafactor":
-        return torch.optim.Adafactor(params, lr=lr)
-    optimizer: torch.optim.Optimizer = OPTIMIZERS[spec.optimizer](params, lr=lr)
-    return optimizer
 
 
 def _with_adapters(model: nn.Module, rank: int) -> nn.Module:

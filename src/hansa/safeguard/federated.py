@@ -17,21 +17,21 @@ import torch
 from pydantic import SerializeAsAny
 from torch import nn
 
-from hansa.data.clients import Client, Split
+from hansa.data.clients import Client, Split, take
 from hansa.errors import InputError
 from hansa.federation.aggregation import WeightedMean, add_metrics
 from hansa.federation.engines.plan import EngineOptions
 from hansa.federation.federation import Federation
-from hansa.federation.message import Message, State, Tensors
-from hansa.federation.methods.base import Method, Work, begin_work
-from hansa.federation.node import Child, Node, Reply, Setup
+from hansa.federation.message import Message, State
+from hansa.federation.methods.base import Asking, Work
+from hansa.federation.node import Child, Node, Reply
 from hansa.federation.optimizer import Training
 from hansa.federation.store import MemoryStore
 from hansa.federation.tree import ROOT, Tree
 from hansa.models.language import CausalLM
 from hansa.models.objective import NextToken
 from hansa.safeguard.adversaries import draw
-from hansa.safeguard.losses import entropy, next_token, run
+from hansa.safeguard.losses import next_token, run
 from hansa.safeguard.phases.tar import TAR
 from hansa.safeguard.rows import Rows
 from hansa.safeguard.setup import Metrics
@@ -41,7 +41,7 @@ from hansa.seeding import derive, generator
 _MODEL, _GRADIENT = "model", "gradient"
 
 
-class Tamper(Method):
+class Tamper(Asking):
     """One outer step's attacks as a round; not a way to train, so no configuration can name it."""
 
     name: ClassVar[str] = "tamper"
@@ -61,14 +61,6 @@ class Tamper(Method):
         """Yield the model to every child."""
         down = Message({_MODEL: state.group(_MODEL)})
         return ((child.path, down) for child in children)
-
-    def stages(self, node: Node, work: Work, epochs: int) -> tuple[tuple[str, int], ...]:
-        """Return nothing: ``end`` draws its own batches."""
-        return ()
-
-    def begin(self, node: Node, state: State) -> Work:
-        """Return work without anything to train."""
-        return begin_work(node.setup, {}, {})
 
     def end(self, node: Node, state: State, work: Work) -> tuple[State, Message]:
         """Return nothing to remember, and the gradient of one attack on the client's text."""
@@ -97,10 +89,7 @@ class Tamper(Method):
             return next_token(run(model, rows).logits, rows)
 
         def resist() -> torch.Tensor:
-            logits = run(model, held_out).logits
-            if tar.loss == "entropy":
-                return -entropy(logits, held_out, tar.with_padding)
-            return -next_token(logits, held_out)
+            return tar.resistance(run(model, held_out).logits, held_out)
 
         points = {k: tar.weight * each for k, each in tar.points().items()}
         rng = generator(seed, "adapters", node.path, node.round)
@@ -129,10 +118,6 @@ class Tamper(Method):
     def reply(self, node: Node, state: State) -> Message:
         """Return the mean of all that lies below, with its weight."""
         return Message({_GRADIENT: state.group(_GRADIENT)}, state.scalars, state.metrics)
-
-    def model(self, setup: Setup, state: State) -> tuple[Tensors, Tensors]:
-        """Return the initial model: nothing is trained by a round."""
-        return setup.task.params, setup.task.buffers
 
 
 class Collector:
@@ -210,9 +195,9 @@ class Collector:
 
 def _rows(client: Client, split: Split, size: int, rng: torch.Generator) -> Rows:
     """Return rows of a client, drawn with replacement."""
-    inputs, labels = client.batch(split)
-    index = torch.randint(0, len(inputs), (size,), generator=rng)
-    tokens, wanted = inputs[index], labels[index]
+    held = torch.from_numpy(client.splits[split])
+    index = held[torch.randint(0, len(held), (size,), generator=rng)]
+    tokens, wanted = take(client.inputs, client.labels, index)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     counted = mask.clone()
     counted[:, 1:] = wanted[:, :-1] >= 0

@@ -30,8 +30,8 @@ def descend(
     Args:
         phase: what is done.
         setup: the model, which is changed, and what it is trained on.
-        checkpoint: file to go on from, if it is there, and to leave after an interruption; it
-            is gone once the phase is done.
+        checkpoint: file to go on from, if it is there, and to leave for after an interruption;
+            whoever has put the result away removes it.
         watch: called after each step with its number from 1, how many there are, and its metrics.
         every: seconds between two checkpoints.
 

@@ -13,6 +13,7 @@ from hansa.bundle import CARD, Bundle, read_bundle
 from hansa.errors import InputError, first_line
 from hansa.models.build import Architecture, restore
 from hansa.models.language import CausalLM
+from hansa.safeguard.checkpoint import full
 
 _KEY = "model.path"
 
@@ -133,8 +134,13 @@ def width_of(model: nn.Module) -> int:
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's weights under the names that a bundle has."""
-    return {f"model.{name}": value for name, value in model.state_dict().items()}
+    """Return a model's weights, whole and on the CPU, under the names that a bundle has."""
+    return {f"model.{name}": full(value) for name, value in model.state_dict().items()}
+
+
+def take_state(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put weights as ``state_of`` returns them into a model."""
+    model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

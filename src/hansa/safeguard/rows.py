@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -144,10 +144,6 @@ class Questions:
         return Questions(
             self.rows[index], self.places[index], self.candidates[index], self.answers[index]
         )
-
-    def in_rows(self, rows: Rows) -> "Questions":
-        """Return the same questions in other rows: another prompt of the same length."""
-        return replace(self, rows=rows)
 
 
 class Data(ABC):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,9 +116,12 @@ class Texts(Data):
 
     def source(self, part: Part) -> Source:
         """Return where rows of a part come from."""
-        if part == "forget":
-            return Pool(self._parts["adversary"].joined(self._parts["held_out"]))
-        return Pool(self._parts[part])
+        return Pool(self._forget if part == "forget" else self._parts[part])
+
+    @cached_property
+    def _forget(self) -> Rows:
+        """All that the defender has of what is restricted, put together once and not per batch."""
+        return self._parts["adversary"].joined(self._parts["held_out"])
 
     @property
     def templates(self) -> tuple[str, ...]:

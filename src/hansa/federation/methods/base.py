@@ -218,6 +218,22 @@ class Method(BaseModel, ABC):
         return {}
 
 
+class Asking(Method):
+    """A method whose rounds train nothing: what a leaf replies, ``end`` makes of its data."""
+
+    def stages(self, node: Node, work: Work, epochs: int) -> tuple[tuple[str, int], ...]:
+        """Return nothing: ``end`` looks at the samples in its own way."""
+        return ()
+
+    def begin(self, node: Node, state: State) -> Work:
+        """Return work without anything to train."""
+        return begin_work(node.setup, {}, {})
+
+    def model(self, setup: Setup, state: State) -> tuple[Tensors, Tensors]:
+        """Return the initial model."""
+        return setup.task.params, setup.task.buffers
+
+
 def train_step(
     setup: Setup,
     work: Work,

@@ -17,6 +17,7 @@ from hansa.errors import InputError
 from hansa.safeguard.adversaries import Adversary, Drawn, draw
 from hansa.safeguard.losses import entropy, log_likelihood, next_token, preference
 from hansa.safeguard.phases.base import Phase, Rate, Size, Steps, gradients, norm, retain
+from hansa.safeguard.rows import Rows
 from hansa.safeguard.setup import Advance, Metrics, Setup
 from hansa.safeguard.sharding import any_rank
 from hansa.safeguard.trajectory import Harm, Loss, attack
@@ -98,6 +99,12 @@ class TAR(Phase):
         rows = self.inner_steps * self.attack_batch_size + len(self.points()) * self.batch_size
         kept = 1 + self.representations / 3
         return self.tasks * rows / self.batch_size + kept
+
+    def resistance(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Return the tamper-resistance loss of text, from logits [n, T, V]; not that of pairs."""
+        if self.loss == "entropy":
+            return -entropy(logits, rows, self.with_padding)
+        return -next_token(logits, rows)
 
     def begin(self, setup: Setup) -> Advance:
         """Return an outer step."""
@@ -202,9 +209,6 @@ class TAR(Phase):
         rows = setup.rows("held_out", size, "resist", *purpose)
 
         def resist() -> torch.Tensor:
-            logits = setup.run(rows).logits
-            if self.loss == "entropy":
-                return -entropy(logits, rows, self.with_padding)
-            return -next_token(logits, rows)
+            return self.resistance(setup.run(rows).logits, rows)
 
         return resist
