@@ -14,6 +14,7 @@ from torch import nn
 
 from hansa.bundle import Bundle
 from hansa.errors import InputError
+from hansa.models.blox import Blox
 from hansa.models.images import CNN, MLP, VGG16, ResNet18, ResNet20
 from hansa.models.language import LANGUAGE, read_config
 from hansa.models.objective import CLASSIFICATION, NextToken, Objective
@@ -26,6 +27,7 @@ BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "resnet18": ResNet18,
     "resnet20": ResNet20,
     "vgg16": VGG16,
+    "blox": Blox,
     **LANGUAGE,
 }
 

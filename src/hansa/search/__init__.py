@@ -1,0 +1,1 @@
+"""Search an architecture: the space's table, searchers, proxies and blockwise training."""
