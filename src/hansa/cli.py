@@ -17,6 +17,7 @@ from hansa.cli_audit import app as audit_app
 from hansa.cli_parts import Json
 from hansa.cli_parts import progress as _progress
 from hansa.cli_parts import told as _told
+from hansa.cli_search import app as search_app
 from hansa.errors import InputError
 
 app = typer.Typer(
@@ -238,6 +239,7 @@ app.command()(cli_safeguard.safeguard)
 app.command()(cli_safeguard.redteam)
 
 app.add_typer(audit_app, name="audit")
+app.add_typer(search_app, name="search")
 deploy = typer.Typer(rich_markup_mode=None, help="Run a federation on machines of its members.")
 app.add_typer(deploy, name="deploy")
 

@@ -9,27 +9,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
 from hansa.cli_audit_proxy import proxy
-from hansa.cli_parts import Json, progress
+from hansa.cli_parts import Json, WithDefault, progress
 
 EXCEEDED = 3
 """The exit status where more values are adopted than the gate allows."""
 
 
-class _WithDefault(TyperGroup):
-    """A group whose first argument may be a configuration in the place of a command."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put ``run`` before arguments that begin with no command of the group."""
-        if args and args[0] not in self.commands and args[0] != "--help":
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
-
 app = typer.Typer(
-    cls=_WithDefault,
+    cls=WithDefault,
     rich_markup_mode=None,
     no_args_is_help=True,
     help="Audit what tampered third-party responses do to a model's answers: audit CONFIG.",

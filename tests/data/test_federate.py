@@ -173,6 +173,18 @@ def test_the_split_of_one_client_does_not_depend_on_the_others(tmp_path: Path) -
     assert held(both)["0-a"] == held(one)["0-a"]
 
 
+def test_clients_that_stay_out_change_nothing_for_the_others() -> None:
+    everybody = digits(partition={"kind": "shift"})
+    names = list(everybody.clients)
+    some = digits(partition={"kind": "shift"}, only=[names[3], names[1]])
+    assert list(some.clients) == [names[1], names[3]]
+    for name, client in some.clients.items():
+        assert torch.equal(client.batch("train")[0], everybody.clients[name].batch("train")[0])
+    assert some.fingerprint != everybody.fingerprint
+    with pytest.raises(InputError, match=r"data\.only: found nobody"):
+        digits(only=["nobody"])
+
+
 def test_the_fingerprint_sees_a_pixel_a_label_and_a_split(tmp_path: Path) -> None:
     pixels = np.arange(16).reshape(4, 4)
     labels, images = [0, 0, 0, 1, 1, 1], [png(pixels + k) for k in range(6)]

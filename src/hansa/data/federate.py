@@ -22,6 +22,9 @@ class DataOptions(SourceOptions):
 
     clients: int | None = Field(None, ge=1, strict=True)
     """Number of clients; with the partition by group, at most so many groups."""
+    only: tuple[str, ...] | None = Field(None, min_length=1)
+    """Names of the clients that take part, of all that the samples were dealt to; by default all.
+    What each holds does not depend on who else takes part."""
     partition: Partition = Iid()
     validation: float = Field(0.15, ge=0, lt=1, strict=True)
     """Share of a client's samples held out for choosing (a round, a setting)."""
@@ -98,6 +101,11 @@ def federate(options: DataOptions, seed: int) -> FederatedData:
     }
     if isinstance(options.partition, Shift):
         inputs = _shifted(options.partition, inputs, places, seed)
+    if options.only is not None:
+        if unknown := sorted(set(options.only) - set(places)):
+            some = ", ".join(list(places)[:5]) + (", ..." if len(places) > 5 else "")
+            raise InputError("data.only", unknown[0], some)
+        places = {name: mine for name, mine in places.items() if name in options.only}
     clients = {name: Client(inputs, labels, mine) for name, mine in places.items()}
     return FederatedData(
         clients, source.classes, tuple(inputs.shape[1:]), fingerprint(inputs, labels, places)

@@ -141,23 +141,45 @@ def curves(series: Mapping[str, Band], *, title: str, x: str, y: str) -> str:
     return _svg(figure, axes)
 
 
-def scatter(series: Series, *, title: str, x: str, y: str) -> str:
-    """Return one kind of points per series, both of their axes shares between 0 and 1."""
+def scatter(
+    series: Series,
+    *,
+    title: str,
+    x: str,
+    y: str,
+    shares: bool = True,
+    stepped: Sequence[str] = (),
+) -> str:
+    """Return one kind of points per series.
+
+    Args:
+        series: name -> points (x, y); y is a share between 0 and 1.
+        title: the name of the plot.
+        x: what runs along it.
+        y: what runs up.
+        shares: whether x is a share as well and both axes go from 0 to 100 %; else they go as far
+            as the points.
+        stepped: series whose points a line joins, that goes up where the next one stands.
+    """
     figure, axes = _figure(title, x, y)
     for k, (name, points) in enumerate(series.items()):
         axes.plot(
             [point[0] for point in points],
             [point[1] for point in points],
             label=textwrap.fill(name, 28),
-            linestyle="",
+            linestyle="-" if name in stepped else "",
+            drawstyle="steps-post" if name in stepped else "default",
             marker=MARKERS[k % len(MARKERS)],
             color=COLOURS[k % len(COLOURS)],
             alpha=0.7,
             markersize=5,
         )
-    _format(axes, percent=True, bytes_=False)
-    axes.set_xlim(-0.03, 1.03)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    if shares:
+        _format(axes, percent=True, bytes_=False)
+        axes.set_xlim(-0.03, 1.03)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    else:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     return _svg(figure, axes)
 
 

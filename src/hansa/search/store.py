@@ -218,4 +218,8 @@ def _lives(process: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    try:  # one that has ended, and whose parent has not asked how, is still there
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state != "Z"

@@ -40,6 +40,19 @@ class Curves:
     seconds: float = 0.0
     stopped: bool = False
 
+    @property
+    def best_epoch(self) -> int:
+        """The epoch, from 0, of best validation accuracy, of equals that of the lower loss."""
+        return min(
+            range(len(self.validation_correct)),
+            key=lambda k: (-self.validation_correct[k], self.validation_loss[k]),
+        )
+
+    @property
+    def results(self) -> dict[str, object]:
+        """All that is the same for everybody who trains the same: not the seconds."""
+        return {name: value for name, value in vars(self).items() if name != "seconds"}
+
 
 Stop = Callable[[int, Curves], bool]
 
@@ -120,10 +133,3 @@ def score(module: nn.Module, part: Part, device: str = "cpu") -> tuple[int, floa
             correct += int((logits.argmax(1) == wanted).sum())
             loss += float(F.cross_entropy(logits, wanted, reduction="sum"))
     return correct, loss / len(part[1])
-
-
-def best_epoch(validation_correct: list[int], validation_loss: list[float]) -> int:
-    """Return the position of the epoch of best validation accuracy, of equals the lower loss."""
-    return min(
-        range(len(validation_correct)), key=lambda k: (-validation_correct[k], validation_loss[k])
-    )

@@ -1,0 +1,86 @@
+"""Limits that a model must keep: parameters, multiply-adds, latency on a named device."""
+
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from hansa.errors import InputError
+from hansa.search.spaces import Bools, Ints
+from hansa.search.table import Table
+
+
+class Limits(BaseModel):
+    """The most that a model may cost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parameters: int | None = Field(None, gt=0)
+    """Number of parameters."""
+    multiply_adds: int | None = Field(None, gt=0)
+    """Multiply-adds of convolutions and linear layers for one input."""
+    latency: float | None = Field(None, gt=0)
+    """Milliseconds for a batch on the device."""
+    device: str | None = None
+    """The device of the latency, as the table names it; not needed where it names but one."""
+    batch: int = Field(1, ge=1)
+    """Inputs in the batch that the latency is of."""
+
+    def feasible(self, table: Table) -> Bools:
+        """Return which models of a table keep all limits, bool [n] in the table's order.
+
+        A model that was not profiled on the device does not keep a limit of latency.
+
+        Raises:
+            InputError: an unknown device, or limits that no model keeps, with the least there is.
+        """
+        kept = table.column("parameters") > 0
+        for name in ("parameters", "multiply_adds"):
+            if (most := getattr(self, name)) is not None:
+                kept &= table.column(name) <= most
+                _check(kept.any(), f"limits.{name}", most, f"{table.column(name).min():,.0f}")
+        if self.latency is not None:
+            found = 1000 * table.latencies(self.device_of(table), self.batch)
+            kept &= found <= self.latency
+            least = f"{found[found == found].min():.3g} ms"
+            _check(kept.any(), "limits.latency", f"{self.latency} ms", least)
+        return kept
+
+    def device_of(self, table: Table) -> str:
+        """Return the device of the latency.
+
+        Raises:
+            InputError: none was named, and the table has none or more than one.
+        """
+        if self.device is not None:
+            return self.device
+        if len(table.devices) != 1:
+            known = ", ".join(table.devices) or "none: hansa search table profile first"
+            raise InputError("limits.device", "no name", known)
+        return table.devices[0]
+
+
+def best(table: Table, limits: Limits, by: str = "validation_accuracy") -> int:
+    """Return the model of the best column among those that keep the limits.
+
+    Raises:
+        InputError: see ``Limits.feasible``.
+    """
+    return int(ranked(table, limits, by)[0])
+
+
+def ranked(table: Table, limits: Limits, by: str = "validation_accuracy") -> Ints:
+    """Return the models that keep the limits, the best first; equal ones by number.
+
+    Raises:
+        InputError: see ``Limits.feasible``.
+    """
+    kept = limits.feasible(table)
+    models = table.models[kept]
+    return models[np.lexsort((models, -table.column(by)[kept]))]
+
+
+def _check(holds: Any, key: str, most: object, least: str) -> None:
+    if not holds:
+        found = f"{most}, which no model keeps together with the limits before it"
+        raise InputError(key, found, f"alone, {least} or more")

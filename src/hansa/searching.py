@@ -1,0 +1,370 @@
+"""The search stage: a configuration in, the model that was found as a bundle, and a report out.
+
+By a table a question is looked up; by training it is a run of the recipe, kept in the folder's
+own table. A searcher draws from the seed alone, so a search that is begun again asks the same
+questions, and those that were trained are answered at once: that is how it goes on after a kill.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+import torch
+from pydantic import ValidationError
+from scipy.stats import spearmanr
+
+from hansa import bundle
+from hansa.config import explain, values_of
+from hansa.config import load as load_training
+from hansa.errors import InputError
+from hansa.files import write_atomic
+from hansa.models.blox_space import NUM_MODELS, describe, multiply_adds, parameters, vector_of
+from hansa.processes import one_thread
+from hansa.report.search import report
+from hansa.runs import claim, locked
+from hansa.search.federated import Group, groups
+from hansa.search.loop import Answer, answered, best_of, incumbents, looked_up, pursue
+from hansa.search.options import SearchOptions
+from hansa.search.proxies import proxy
+from hansa.search.recipes import RECIPES, Recipe, Splits, open_data, recipe_of
+from hansa.search.searchers import SEARCHERS
+from hansa.search.spaces import BLOX, Bools, Floats, Ints
+from hansa.search.store import Store
+from hansa.search.table import Table
+from hansa.search.tables import open_table
+from hansa.search.training import train_model
+from hansa.seeding import numpy_generator
+
+Watch = Callable[[str, int, int], None]
+_OWN = ("config.toml", "table.sqlite", "table.sqlite-wal", "table.sqlite-shm")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the stage made.
+
+    Attributes:
+        path: its folder.
+        model: the number of the model.
+        summary: what was found, as JSON values.
+        report: the page about it.
+        bundle: the model, None for a table of another space.
+    """
+
+    path: Path
+    model: int
+    summary: dict[str, Any]
+    report: Path
+    bundle: Path | None
+
+
+def search(
+    source: str | Path | Mapping[str, Any],
+    *,
+    overrides: Iterable[str] = (),
+    out: str | Path | None = None,
+    watch: Watch | None = None,
+) -> Found:
+    """Search a model within limits, by a table or by training.
+
+    Args:
+        source: a configuration in TOML, or its values.
+        overrides: ``key=value`` with dotted keys, such as ``limits.latency=2``.
+        out: the folder to make or to go on in; by default ``OUTPUT/NAME-seedSEED``.
+        watch: called with what is being done, how much of it is done, and of how much.
+
+    Raises:
+        InputError: input that cannot be used; limits that no model keeps.
+    """
+    options = load(source, overrides)
+    path = (
+        Path(out)
+        if out is not None
+        else Path(options.output) / f"{options.name}-seed{options.seed}"
+    )
+    stage = _Stage(options, path, watch or (lambda what, done, total: None))
+    stage.check()
+    claim(path, (path / "config.toml").is_file(), _OWN, "a search's")
+    with locked(path), one_thread():
+        return stage.run()
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> SearchOptions:
+    """Read and validate a configuration.
+
+    Raises:
+        InputError: naming the first key that is wrong, what was found and what is allowed.
+    """
+    values = values_of(source, overrides)
+    try:
+        return SearchOptions.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, SearchOptions, values) from error
+
+
+class _Stage:
+    def __init__(self, options: SearchOptions, path: Path, watch: Watch) -> None:
+        self.options, self.path, self.watch = options, path, watch
+
+    def check(self) -> None:
+        """Find what is wrong before anything is made."""
+        _ = self.feasible, self.groups
+        if self.recipe is not None and (self.options.train or self.options.by == "training"):
+            _ = self.splits
+
+    @cached_property
+    def table(self) -> Table | None:
+        name = self.options.table_name
+        return open_table(name) if name else None
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """How models are trained; None for a table of others."""
+        if self.options.recipe is not None:
+            return recipe_of(self.options.recipe)
+        if self.table is not None:
+            return self.table.description or RECIPES.get(self.table.recipe)
+        raise InputError("recipe", "none", f"one of {', '.join(RECIPES)}, or a table")
+
+    @cached_property
+    def splits(self) -> Splits:
+        assert self.recipe is not None  # noqa: S101 asked only where there is one
+        return open_data(self.recipe, self.options.data)
+
+    @cached_property
+    def feasible(self) -> Bools:
+        """Which candidates keep the limits: of the table's models, or of all."""
+        limits = self.options.limits
+        if self.table is not None:
+            return limits.feasible(self.table)
+        if limits.latency is not None:
+            raise InputError(
+                "limits.latency", f"{limits.latency} ms without a table", "a table with latencies"
+            )
+        assert self.recipe is not None  # noqa: S101 there is one where there is no table
+        everything, r = np.arange(NUM_MODELS), self.recipe
+        kept = np.ones(NUM_MODELS, dtype=bool)
+        costs = {
+            "parameters": parameters(everything, r.width, r.classes, r.channels),
+            "multiply_adds": multiply_adds(everything, r.width, r.side, r.classes, r.channels),
+        }
+        for name, values in costs.items():
+            if (most := getattr(limits, name)) is not None:
+                kept &= values <= most
+                if not kept.any():
+                    raise InputError(f"limits.{name}", most, f"at least {values.min():,}")
+        return kept
+
+    @cached_property
+    def candidates(self) -> Ints:
+        every = np.arange(NUM_MODELS) if self.table is None else self.table.models
+        found: Ints = every[self.feasible]
+        return found
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Which clients train which model; none where no clients are named."""
+        clients = self.options.clients
+        if clients is None:
+            return []
+        if self.table is None:
+            raise InputError("clients", "limits without a table", "a table with latencies")
+        return groups(self.table, self.options.limits, clients.limits)
+
+    def run(self) -> Found:
+        options = self.options
+        write_atomic(
+            self.path / "config.toml",
+            tomli_w.dumps(options.model_dump(mode="json", exclude_none=True)),
+        )
+        answers = self._searched()
+        best = best_of(answers)
+        summary: dict[str, Any] = {
+            "name": options.name,
+            "seed": options.seed,
+            "by": options.by,
+            "searcher": options.searcher,
+            "space": self.table.space.name if self.table else BLOX.name,
+            "recipe": self.recipe.name if self.recipe else self.table.recipe if self.table else "",
+            "models": len(answers),
+            "candidates": len(self.candidates),
+            "model": best.model,
+            "validation_accuracy": best.validation,
+            "test_accuracy": best.test,
+            "train_seconds": sum(answer.seconds for answer in answers),
+            "limits": options.limits.model_dump(exclude_none=True),
+            "answers": [asdict(answer) for answer in answers],
+            "curve": [answer.test for answer in incumbents(answers)],
+        }
+        if self.recipe is not None:
+            summary["cells"] = describe(best.model)
+            summary["arch_vec"] = vector_of(best.model)
+        summary |= self._told_by_table(best.model)
+        if options.proxies:
+            summary["proxies"] = self._proxies()
+        summary["groups"] = [asdict(group) for group in self.groups]
+        made = self._bundle(best, summary)
+        self._write_groups()
+        page = report(self.path / "report.html", summary, (self.path / "config.toml").read_text())
+        write_atomic(self.path / "search.json", json.dumps(summary, indent=2) + "\n")
+        return Found(self.path, best.model, summary, page, made)
+
+    def _searched(self) -> list[Answer]:
+        options = self.options
+        space = self.table.space if self.table else BLOX
+        search = options.chosen.begin(space, self.candidates, options.seed, self._prior())
+        if options.by == "training":
+            answer = self._trained()
+        else:
+            assert self.table is not None  # noqa: S101 there is one by table
+            answer = looked_up(self.table, options.seed)
+        total = min(options.budget, len(self.candidates))
+        return pursue(search, answer, total, lambda done: self.watch("searching", done, total))
+
+    def _trained(self) -> Callable[[int], Answer]:
+        recipe, seed = self.recipe, self.options.seed
+        assert recipe is not None  # noqa: S101 checked before
+        store = Store(self.path / "table.sqlite")
+        store.add_recipe(recipe)
+        done = {model: c for model, own, c in store.runs(recipe.name) if own == seed}
+
+        def answer(model: int) -> Answer:
+            if model not in done:
+                store.add(recipe, [(model, seed)])
+                done[model] = train_model(recipe.build(model, seed), recipe, self.splits, seed)
+                store.finish(recipe.name, (model, seed), done[model])
+            return answered(model, done[model], recipe)
+
+        return answer
+
+    def _prior(self) -> Floats | None:
+        if self.options.prior is None:
+            return None
+        return self._scored(self.options.prior, self.candidates, "prior")
+
+    def _scored(self, name: str, models: Ints, what: str) -> Floats:
+        """Return a proxy's scores of models at their first weights."""
+        recipe = self.recipe
+        if recipe is None:
+            raise InputError(what, name, "none for a table of others: their models are not here")
+        inputs, labels = self.splits.train
+        size = max(recipe.batch_size, 64)
+        batches = [(inputs[k : k + size], labels[k : k + size]) for k in (0, size)]
+        found = np.empty(len(models))
+        for k, model in enumerate(models.tolist()):
+            module = recipe.build(model, self.options.seed)
+            found[k] = proxy(name, module, batches, seed=self.options.seed)
+            self.watch(f"{what} {name}", k + 1, len(models))
+        return found
+
+    def _told_by_table(self, model: int) -> dict[str, Any]:
+        """Return what only a table can tell: the optimum, other seeds, the front."""
+        table, options = self.table, self.options
+        if table is None or options.by == "training":
+            return {}
+        rows = np.flatnonzero(self.feasible)
+        test = table.column("test_accuracy")
+        best = rows[test[rows].argmax()]
+        cost = table.column("multiply_adds")
+        told: dict[str, Any] = {"cost": "multiply-adds"}
+        if options.limits.latency is not None or len(table.devices) == 1:
+            device = options.limits.device_of(table)
+            cost = table.latencies(device, options.limits.batch) * 1000
+            told = {"cost": f"ms on {device}, batch {options.limits.batch}"}
+        front = table.front(cost, test, ~np.isnan(cost))
+        return {
+            **told,
+            "optimum": {"model": int(table.models[best]), "test_accuracy": float(test[best])},
+            "regret": float(test[best] - table.test_accuracy(model)),
+            "front": [[float(cost[r]), float(test[r]), int(table.models[r])] for r in front],
+            "all": [[float(c), float(t)] for c, t in zip(cost, test, strict=True) if c == c],
+            "at": [float(cost[table.row(model)]), table.test_accuracy(model)],
+            "repeats": self._repeats(table),
+        }
+
+    def _repeats(self, table: Table) -> dict[str, Any]:
+        """Search again by other seeds, and at random, which tells how much was luck."""
+        options, told = self.options, {}
+        optimum = float(table.column("test_accuracy")[self.feasible].max())
+        both = {options.searcher: options.chosen, "random": SEARCHERS["random"]()}
+        for name, searcher in both.items() if options.repeats else ():
+            curves = []
+            for seed in range(options.seed + 1, options.seed + 1 + options.repeats):
+                search = searcher.begin(table.space, self.candidates, seed)
+                answers = pursue(search, looked_up(table, seed), options.budget)
+                curves.append([answer.test for answer in incumbents(answers)])
+                self.watch(f"other seeds, {name}", len(curves), options.repeats)
+            last = [curve[-1] for curve in curves]
+            told[name] = {
+                "seeds": options.repeats,
+                "mean": statistics.mean(last),
+                "deviation": statistics.stdev(last) if len(last) > 1 else 0.0,
+                "regret": optimum - statistics.mean(last),
+                "curve": np.mean(curves, axis=0).tolist(),
+            }
+        return told
+
+    def _proxies(self) -> dict[str, Any]:
+        table = self.table
+        if table is None:
+            raise InputError("proxies", "no table", "a table whose accuracies they are held to")
+        rng = numpy_generator(self.options.seed, "proxies")
+        rows = rng.permutation(len(table))[: self.options.proxy_models]
+        models = table.models[rows]
+        told = {}
+        for name in self.options.proxies:
+            scores = self._scored(name, models, "proxies")
+            told[name] = {
+                part: float(spearmanr(scores, table.column(f"{part}_accuracy")[rows]).statistic)
+                for part in ("validation", "test")
+            }
+        return {"models": len(models), "correlations": told}
+
+    def _bundle(self, best: Answer, summary: Mapping[str, Any]) -> Path | None:
+        """Write the model, trained by its recipe or at its initial values."""
+        recipe = self.recipe
+        if recipe is None:
+            return None
+        seed = self.options.seed
+        module = recipe.build(best.model, seed)
+        metrics: dict[str, Any] = {"searched": {k: v for k, v in summary.items() if k in _METRICS}}
+        if self.options.train:
+            self.watch("training what was found", 0, 1)
+            curves = train_model(module, recipe, self.splits, seed)
+            metrics["test_accuracy"] = curves.test_correct[-1] / recipe.test
+            self.watch("training what was found", 1, 1)
+        module.to(memory_format=torch.contiguous_format)
+        bundle.write(
+            self.path / "bundle",
+            stage="search",
+            weights=module.state_dict(),
+            architecture=recipe.architecture(best.model).model_dump(mode="json", exclude_none=True),
+            config=self.options.model_dump(mode="json", exclude_none=True, exclude={"output"}),
+            seed=seed,
+            data=recipe.digest,
+            metrics=metrics,
+        )
+        return self.path / "bundle"
+
+    def _write_groups(self) -> None:
+        """Write a configuration of ``hansa train`` for each federation of clients."""
+        clients = self.options.clients
+        if clients is None or clients.train is None:
+            return
+        for group in self.groups:
+            values = values_of(clients.train)
+            options = {**values.get("model", {}).get("options", {}), "arch": group.model}
+            values["name"] = f"{values.get('name', 'run')}-{group.model}"
+            values["model"] = {**values.get("model", {}), "name": "blox", "options": options}
+            values["data"] = {**values.get("data", {}), "only": list(group.clients)}
+            text = load_training(values).as_toml()
+            write_atomic(self.path / f"train-{group.model}.toml", text)
+
+
+_METRICS = ("validation_accuracy", "test_accuracy", "models", "candidates", "limits", "regret")
