@@ -201,7 +201,7 @@ def _measured(
             allowed = f"{error.allowed}; the same command goes on"
             raise InputError(error.key, redactor.text(found), allowed) from error
         rows += kept.of(stands, target.name)
-    check_answers([row for row in rows if row["arm"] == BENIGN], target.name)
+    check_answers([row for row in rows if row["arm"] == BENIGN], target.name, kept.path)
     table = Table.of(domains, rows)
     summary = summarise(table, arms, options.defences, options.least_clean, options.seed)
     readers = {name: Table.of(domains, held) for name, held in tables.items()}

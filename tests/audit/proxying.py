@@ -117,6 +117,12 @@ class Handler(BaseHTTPRequestHandler):
     def send_other(self) -> None:
         self.answer(b'{"current": {"temp": 21.5}}')
 
+    def send_endless(self) -> None:
+        self.answer(b'{"current": {"temp_c": 1e999, "temp_f": NaN}}')
+
+    def send_deep(self) -> None:
+        self.answer(BODY[:-1] + b', "x": ' + b"[" * 900 + b"]" * 900 + b"}")
+
     def send_text(self) -> None:
         self.answer(b'{"current": {"temp_c": "private words", "temp_f": 1}}')
 

@@ -109,6 +109,8 @@ def test_a_rule_edits_its_field_in_every_encoding(upstream, proxy, path) -> None
         ("nocontent", "status 204"),
         ("other", "unknown path 'current.temp_c'"),
         ("text", "not what a rule can edit"),
+        ("endless", "not what a rule can edit"),
+        ("deep", "not what a rule can edit"),
         ("zstd", "encoded as zstd"),
         ("torn", "no gzip body"),
         ("notjson", "not what a rule can edit"),
