@@ -121,9 +121,13 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     """
     values = values_of(source, overrides)
     try:
-        return AuditOptions.model_validate(values)
+        options = AuditOptions.model_validate(values)
     except ValidationError as error:
         raise explain(error, AuditOptions, values) from error
+    if options.gated not in options.defences:
+        allowed = f"one of defences ({', '.join(options.defences)})"
+        raise InputError("gate.defence", repr(options.gated), allowed)
+    return options
 
 
 def target_of(

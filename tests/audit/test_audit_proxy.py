@@ -329,6 +329,7 @@ def test_two_hundred_connections_at_once(upstream, proxy) -> None:
         ("https://api.example.com", ("other.example.com",), "which is not listed"),
         ("ftp://127.0.0.1", (), "http:// or https://"),
         ("http://127.0.0.1:99999", (), "http:// or https://"),
+        ("http://[::1", (), "http:// or https://"),
         ("http://me:hunter2secret@localhost", (), "with a user"),
         ("http://localhost/?key=hunter2secret", (), "a query"),
     ],
