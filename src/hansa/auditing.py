@@ -121,9 +121,13 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     """
     values = values_of(source, overrides)
     try:
-        return AuditOptions.model_validate(values)
+        options = AuditOptions.model_validate(values)
     except ValidationError as error:
         raise explain(error, AuditOptions, values) from error
+    if options.gated not in options.defences:
+        allowed = f"one of defences ({', '.join(options.defences)})"
+        raise InputError("gate.defence", repr(options.gated), allowed)
+    return options
 
 
 def target_of(
@@ -201,7 +205,7 @@ def _measured(
             allowed = f"{error.allowed}; the same command goes on"
             raise InputError(error.key, redactor.text(found), allowed) from error
         rows += kept.of(stands, target.name)
-    check_answers([row for row in rows if row["arm"] == BENIGN], target.name)
+    check_answers([row for row in rows if row["arm"] == BENIGN], target.name, kept.path)
     table = Table.of(domains, rows)
     summary = summarise(table, arms, options.defences, options.least_clean, options.seed)
     readers = {name: Table.of(domains, held) for name, held in tables.items()}

@@ -4,11 +4,13 @@ import contextlib
 import gzip
 import http.client
 import json
+import ssl
 import threading
 import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from hansa.audit.connections import Connections
 from hansa.audit.plan import read_plan
 from hansa.audit.proxy import Proxy
 from hansa.audit.proxy_log import ProxyLog
@@ -117,6 +119,12 @@ class Handler(BaseHTTPRequestHandler):
     def send_other(self) -> None:
         self.answer(b'{"current": {"temp": 21.5}}')
 
+    def send_endless(self) -> None:
+        self.answer(b'{"current": {"temp_c": 1e999, "temp_f": NaN}}')
+
+    def send_deep(self) -> None:
+        self.answer(BODY[:-1] + b', "x": ' + b"[" * 900 + b"]" * 900 + b"}")
+
     def send_text(self) -> None:
         self.answer(b'{"current": {"temp_c": "private words", "temp_f": 1}}')
 
@@ -180,8 +188,12 @@ class Service(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
 
-    def __init__(self) -> None:
+    def __init__(self, certificate=None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
         self.asked, self.going, self.left = [], threading.Event(), threading.Event()
 
     @property
@@ -190,9 +202,9 @@ class Service(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def service():
-    """Run the service."""
-    with Service() as server:
+def service(certificate=None):
+    """Run the service, over TLS where a file with key and certificate is given."""
+    with Service(certificate) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
@@ -214,16 +226,17 @@ class Running:
 
 
 @contextlib.contextmanager
-def proxying(port: int, folder, plan=PLAN, **options):
+def proxying(port: int, folder, plan=PLAN, origin="http://127.0.0.1", ca=None, **options):
     """Run a proxy before a port of this machine."""
     listening = bind("127.0.0.1", 0)
     deadline, log = Deadline(600), ProxyLog(folder / "proxy.jsonl")
     proxy = Proxy(
-        upstream_of(f"http://127.0.0.1:{port}"),
+        upstream_of(f"{origin}:{port}"),
         read_plan(plan),
         log,
         options=ProxyOptions(**{"grace": 0.0, **options}),
         expired=lambda: deadline.passed(),
+        transport=Connections(ca),
     )
     started = threading.Event()
     own = listening.getsockname()[1]

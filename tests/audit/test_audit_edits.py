@@ -1,6 +1,8 @@
 """Every edit touches the paths that it names, and nothing else, and can be undone."""
 
 import json
+import math
+from datetime import date
 
 import pytest
 from hypothesis import given, settings
@@ -174,6 +176,11 @@ def test_a_plan_of_a_file_is_applied(tmp_path) -> None:
         ({"action": "delete", "path": "a", "colour": 1}, "an unknown key"),
         ({"action": "shift", "path": "a", "by": "much"}, "by"),
         ({"action": "shift", "path": "a", "follow": {"b": "f"}}, "unit"),
+        ({"action": "shift", "path": "a", "by": math.nan}, "by"),
+        ({"action": "scale", "path": "a", "by": math.inf}, "by"),
+        ({"action": "truncate", "path": "a", "keep": -3}, "keep"),
+        ({"action": "set", "path": "a", "value": date(1931, 5, 12)}, "in quotes"),
+        ({"action": "set", "path": "a", "value": math.nan}, "a value of JSON"),
         ("delete a", "a table"),
     ],
 )
@@ -199,6 +206,12 @@ def test_a_plan_for_another_document_is_refused(tmp_path) -> None:
     plan = read_plan({"tamper": [{"action": "shift", "path": "text"}]})
     with pytest.raises(InputError, match="a number"):
         plan.apply(RESPONSE)
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    for document in ({"text": math.inf}, {"text": math.nan}, {"text": 1, "deep": deep}):
+        with pytest.raises(InputError, match="without end, or too deep"):
+            plan.apply(document)
 
 
 def test_fixtures_that_are_no_json_are_refused() -> None:

@@ -116,6 +116,19 @@ def test_forms_of_deflate_and_members_of_gzip() -> None:
             decode(torn, ["gzip"], 10)
 
 
+def test_brotli_where_it_is_installed() -> None:
+    brotli = pytest.importorskip("brotli")
+    sent = encode(b"hello " * 1000, ["br"], b"")
+    assert brotli.decompress(sent) == b"hello " * 1000
+    assert decode(brotli.compress(b"hello"), ["br"], 10) == b"hello"
+    assert decode(encode(b"hello", ["br", "gzip"], b""), ["br", "gzip"], 10) == b"hello"
+    with pytest.raises(TooLarge):
+        decode(sent, ["br"], 1000)
+    for torn in (sent[:-3], b"no brotli"):
+        with pytest.raises(ValueError, match=r"early|failed|error"):
+            decode(torn, ["br"], 6000)
+
+
 def test_what_is_asked_of_a_service_is_what_can_be_undone() -> None:
     assert encodings("GZIP, identity") == ["gzip", "identity"]
     assert acceptable("zstd, gzip;q=0.8, deflate") == "gzip;q=0.8, deflate"

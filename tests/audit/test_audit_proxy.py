@@ -8,6 +8,7 @@ import json
 import logging
 import socket
 import zlib
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
@@ -109,6 +110,8 @@ def test_a_rule_edits_its_field_in_every_encoding(upstream, proxy, path) -> None
         ("nocontent", "status 204"),
         ("other", "unknown path 'current.temp_c'"),
         ("text", "not what a rule can edit"),
+        ("endless", "not what a rule can edit"),
+        ("deep", "not what a rule can edit"),
         ("zstd", "encoded as zstd"),
         ("torn", "no gzip body"),
         ("notjson", "not what a rule can edit"),
@@ -129,6 +132,41 @@ def test_a_head_request_tells_no_length_that_would_be_wrong(proxy) -> None:
     assert (status, body) == (200, b"")
     assert "content-length" not in dict(headers)
     assert dict(headers)["etag"] == '"7"'
+
+
+def own_certificate(folder):
+    """Write a key and a certificate of ``localhost`` that is signed with it; return the file."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1)
+    made = made.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+    made = made.add_extension(names, critical=False)
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    pem = serialization.Encoding.PEM
+    form = serialization.PrivateFormat.PKCS8
+    held = key.private_bytes(pem, form, serialization.NoEncryption())
+    path = folder / "own.pem"
+    path.write_bytes(held + made.sign(key, hashes.SHA256()).public_bytes(pem))
+    return path
+
+
+def test_a_service_over_tls_and_one_whose_certificate_is_not_known(tmp_path) -> None:
+    own = own_certificate(tmp_path)
+    with service(own) as server:
+        origin = "https://localhost"
+        with proxying(server.port, tmp_path, origin=origin, ca=own) as running:
+            assert gzip.decompress(ask(running.port, "/v1/gzip")[2]) == FALSE
+            assert ask(running.port, "/v2/plain")[2] == BODY
+        with proxying(server.port, tmp_path, origin=origin) as running:
+            status, _, body = ask(running.port, "/v1/plain")
+            assert (status, body.count(b"\n")) == (502, 1)
+        with proxying(server.port, tmp_path, origin="https://127.0.0.1", ca=own) as running:
+            assert ask(running.port, "/v2/plain")[0] == 502  # a certificate of another name
 
 
 def test_bodies_that_are_too_large_are_refused_on_demand(upstream, tmp_path) -> None:
@@ -291,6 +329,7 @@ def test_two_hundred_connections_at_once(upstream, proxy) -> None:
         ("https://api.example.com", ("other.example.com",), "which is not listed"),
         ("ftp://127.0.0.1", (), "http:// or https://"),
         ("http://127.0.0.1:99999", (), "http:// or https://"),
+        ("http://[::1", (), "http:// or https://"),
         ("http://me:hunter2secret@localhost", (), "with a user"),
         ("http://localhost/?key=hunter2secret", (), "a query"),
     ],

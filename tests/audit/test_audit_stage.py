@@ -284,12 +284,35 @@ def test_an_endpoint_that_dies_costs_nothing_that_was_measured(tmp_path, endpoin
 def test_an_endpoint_that_is_down_or_answers_nothing(tmp_path, endpoint) -> None:
     url, kind = endpoint
     kind.reply = " "
-    with pytest.raises(InputError, match="empty answers"):
+    with pytest.raises(InputError, match=r"empty answers, kept in .*another --out"):
         audit(of_endpoint(tmp_path, url))
     (tmp_path / "down").mkdir()
     down = of_endpoint(tmp_path / "down", "http://127.0.0.1:9/v1")
     with pytest.raises(InputError, match=r"target\.url: found no answer"):
         audit(down)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"SSH-2.0-OpenSSH\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>",
+    ],
+)
+def test_an_endpoint_that_breaks_off_or_speaks_otherwise(tmp_path, endpoint, said) -> None:
+    url, kind = endpoint
+
+    def do_post(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.wfile.write(said)
+        self.close_connection = True
+
+    kind.do_POST = do_post
+    with pytest.raises(InputError, match=r"^target\.url: found .* are kept") as caught:
+        audit(of_endpoint(tmp_path, url))
+    assert str(caught.value).count("target.url") == 1
 
 
 def test_secrets_reach_no_log_and_no_file(tmp_path, endpoint, monkeypatch, caplog) -> None:
@@ -365,6 +388,9 @@ def test_recorded_traffic_is_replayed(tmp_path) -> None:
         ({"strengths": [2.0]}, "plausible"),
         ({"target": {"kind": "endpoint"}}, "url and model"),
         ({"target": {"kind": "endpoint", "url": "ftp://x", "model": "m"}}, r"target\.url"),
+        ({"target": {"kind": "endpoint", "url": "http://[::1", "model": "m"}}, r"target\.url"),
+        ({"target": {"kind": "endpoint", "url": "http://a:b/v1", "model": "m"}}, r"target\.url"),
+        ({"target": {"kind": "endpoint", "url": "http://a:b@c", "model": "m"}}, "with a user"),
         ({"target": {"kind": "bundle", "path": "nowhere"}}, "nowhere"),
         ({"target": {"kind": "transformers", "path": "nowhere"}}, r"target\.path"),
         ({"target": {"kind": "reader", "path": "nowhere"}}, r"target\.path"),

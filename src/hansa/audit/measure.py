@@ -229,14 +229,15 @@ def false_value(row: Mapping[str, Any]) -> Value | None:
     return None if held is None else Value(held["kind"], held["value"], held.get("unit", ""))
 
 
-def check_answers(rows: Sequence[Row], target: str) -> None:
+def check_answers(rows: Sequence[Row], target: str, path: Path) -> None:
     """Refuse a target that answers nothing.
 
     Raises:
         InputError: every answer is empty.
     """
     if rows and not any(row["answer"].strip() for row in rows):
-        raise InputError("target", f"{target}, which gave {len(rows)} empty answers", "answers")
+        found = f"{target}, which gave {len(rows)} empty answers, kept in {path}"
+        raise InputError("target", found, "answers; another --out asks anew")
 
 
 def _tampering(case: Case, made: Tampered | None) -> dict[str, Any]:

@@ -136,12 +136,6 @@ class AuditOptions(_Section):
                 raise ValueError(f"{', '.join(DEFENCES)}, or several joined by +")
         return tuple(dict.fromkeys(("none", *value)))
 
-    @model_validator(mode="after")
-    def _gate_is_there(self) -> "AuditOptions":
-        if self.gate.defence and self.gate.defence not in self.defences:
-            raise ValueError(f"gate.defence among defences ({', '.join(self.defences)})")
-        return self
-
     @property
     def chosen(self) -> tuple[Arm, ...]:
         """The arms of the audit."""

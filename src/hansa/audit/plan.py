@@ -5,6 +5,7 @@ out. What is drawn depends on the plan's seed, the rule, and the key of the call
 """
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -121,7 +122,13 @@ class Plan:
             if route and not fnmatchcase(route, rule.route):
                 continue
             random = stream(self.seed, "plan", number, key)
-            made, value = _edits(tampered(document, edits), rule, random, names)
+            try:
+                made, value = _edits(tampered(document, edits), rule, random, names)
+            except InputError:
+                raise
+            except (ValueError, OverflowError, RecursionError) as error:
+                found = f"a number without end, or too deep a table ({error})"
+                raise InputError("plan", found, "a document that can be edited") from error
             edits += made
             false = value or false
         return Tampered(tampered(document, edits), tuple(edits), false)
@@ -193,6 +200,15 @@ def _check_kind(values: Mapping[str, Any], key: str) -> None:
     for name, kind, allowed in kinds:
         if name in values and (not isinstance(values[name], kind) or values[name] is True):
             raise InputError(f"{key}.{name}", repr(values[name]), allowed)
+    if not math.isfinite(values.get("by", 0)):
+        raise InputError(f"{key}.by", repr(values["by"]), "a number")
+    if values.get("keep", 0) < 0:
+        raise InputError(f"{key}.keep", repr(values["keep"]), "a number of characters")
+    try:
+        json.dumps(values.get("value"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        allowed = "a value of JSON, where a date is a text in quotes"
+        raise InputError(f"{key}.value", repr(values["value"]), allowed) from error
     if values.get("unit", "") not in ("", *UNITS):
         raise InputError(f"{key}.unit", repr(values["unit"]), ", ".join(UNITS))
     if values["action"] == "unit" and values["unit"] not in FLIPS:

@@ -81,12 +81,13 @@ def upstream_of(url: str, hosts: Sequence[str] = ()) -> Upstream:
     Raises:
         InputError: a URL that is none, or holds more than a place; a host that is not listed.
     """
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         scheme, host, port = parts.scheme, parts.hostname or "", parts.port
+        is_url = scheme in ("http", "https") and bool(host)
     except ValueError:
-        scheme, host, port = "", "", None
-    if scheme not in ("http", "https") or not host:
+        is_url = False
+    if not is_url:
         raise InputError("--upstream", repr(Redactor().text(url)), "http:// or https:// and a host")
     if parts.username is not None or parts.query or parts.fragment:
         found = f"{host} with a user, a query or a fragment"

@@ -74,7 +74,10 @@ class Redactor:
 
     def learn_url(self, url: str) -> None:
         """Remember the secrets in a URL: user, password, and parameters named like a key."""
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:  # no URL, which others say
+            return
         for each in (parts.username, parts.password):
             if each:
                 self.learn(unquote(each))

@@ -6,6 +6,7 @@ that believes everything from one that believes nothing.
 
 import hashlib
 import hmac
+import http.client
 import json
 import os
 import time
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from hansa.audit.cases import Case
 from hansa.audit.paths import exists, look
@@ -148,10 +149,8 @@ class Endpoint:
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self._redactor = redactor or Redactor()
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError("target.url", repr(self._redactor.text(url)), "http:// or https://")
         self._redactor.learn_url(url)
+        parts = self._parts(url)
         self._headers = {"Content-Type": "application/json", **(headers or {})}
         if key_variable:
             if not (key := os.environ.get(key_variable)):
@@ -179,6 +178,19 @@ class Endpoint:
         with ThreadPoolExecutor(self.at_once) as pool:
             return list(pool.map(self._ask, [each.prompt for each in asked]))
 
+    def _parts(self, url: str) -> SplitResult:
+        try:
+            parts = urlsplit(url)
+            is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            is_url = False
+        if not is_url:
+            raise InputError("target.url", repr(self._redactor.text(url)), "http:// or https://")
+        if parts.username is not None:
+            allowed = "a URL without them; key_variable or headers say who asks"
+            raise InputError("target.url", f"{parts.hostname} with a user or a password", allowed)
+        return parts
+
     def _ask(self, prompt: Prompt) -> str:
         body = {"model": self._model, "messages": prompt.messages, **self._options}
         data = json.dumps(body).encode()
@@ -191,7 +203,10 @@ class Endpoint:
                 if error.code not in _BUSY or wait is None:
                     raise self._error(f"status {error.code}: {said}") from None
                 time.sleep(wait)
-            except (OSError, ValueError) as error:
+            except InputError:
+                raise
+            # Of HTTPException are answers that break off, or that are no HTTP.
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", None) or error
                 raise self._error(f"no answer ({reason})") from None
         raise AssertionError
