@@ -125,6 +125,44 @@ def generate(
 
 
 @tables.command()
+def profile(
+    table: Annotated[str, typer.Argument(help="A table's name or file.")],
+    out: Annotated[Path, typer.Option(help="The Parquet file to write, or to go on with.")],
+    models: Annotated[str, typer.Option(help="Only these: numbers with commas.")] = "",
+    device: Annotated[str, typer.Option(help="A name; by default the processor's.")] = "",
+    batch: Annotated[list[int] | None, typer.Option(help="Inputs in a run: 1 and 64.")] = None,
+    backend: Annotated[str, typer.Option(help="torch or onnxruntime.")] = "torch",
+    threads: Annotated[int, typer.Option(help="Threads of the backend.")] = 1,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep what does not repeat, marked unusable.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Measure how long a table's models take on this machine, and refuse what does not repeat.
+
+    Nothing else should run meanwhile. The same command goes on after an interruption.
+    """
+    from hansa.search.profiled import profile_table
+
+    with progress("latency") as shown:
+        task = shown.add_task("profiling", total=None, note="")
+
+        def watch(done: int, total: int) -> None:
+            shown.update(task, completed=done, total=total)
+
+        options = {"device": device, "backend": backend, "threads": threads, "force": force}
+        rows = profile_table(
+            table,
+            out,
+            models=models,
+            options={**options, **({"batches": batch} if batch else {})},
+            watch=watch,
+        )
+    told_ = {"table": str(out), "latencies": len(rows), "device": rows[0].device}
+    _say({**told_, "usable": sum(row.usable for row in rows)}, json_)
+
+
+@tables.command()
 def query(
     model: Annotated[str, typer.Argument(help="A model's number, or its vector as JSON.")] = "",
     table: Annotated[str, typer.Option(help="A table's name or file.")] = "gratings16-w8",

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import tomli_w
-import torch
 from pydantic import ValidationError
 from scipy.stats import spearmanr
 
@@ -33,13 +32,14 @@ from hansa.search.loop import Answer, answered, best_of, incumbents, looked_up, 
 from hansa.search.options import SearchOptions
 from hansa.search.proxies import proxy
 from hansa.search.recipes import RECIPES, Recipe, Splits, open_data, recipe_of
-from hansa.search.searchers import SEARCHERS
+from hansa.search.searchers import SEARCHERS, Searcher
+from hansa.search.simulate import simulate
 from hansa.search.spaces import BLOX, Bools, Floats, Ints
 from hansa.search.store import Store
-from hansa.search.table import Table
+from hansa.search.table import COSTS, Table
 from hansa.search.tables import open_table
 from hansa.search.training import train_model
-from hansa.seeding import numpy_generator
+from hansa.seeding import derive, numpy_generator
 
 Watch = Callable[[str, int, int], None]
 _OWN = ("config.toml", "table.sqlite", "table.sqlite-wal", "table.sqlite-shm")
@@ -147,19 +147,26 @@ class _Stage:
             raise InputError(
                 "limits.latency", f"{limits.latency} ms without a table", "a table with latencies"
             )
-        assert self.recipe is not None  # noqa: S101 there is one where there is no table
-        everything, r = np.arange(NUM_MODELS), self.recipe
         kept = np.ones(NUM_MODELS, dtype=bool)
-        costs = {
-            "parameters": parameters(everything, r.width, r.classes, r.channels),
-            "multiply_adds": multiply_adds(everything, r.width, r.side, r.classes, r.channels),
-        }
-        for name, values in costs.items():
+        for name, values in self.costs.items():
             if (most := getattr(limits, name)) is not None:
                 kept &= values <= most
                 if not kept.any():
                     raise InputError(f"limits.{name}", most, f"at least {values.min():,}")
         return kept
+
+    @cached_property
+    def costs(self) -> dict[str, Floats]:
+        """Costs of the table's models, or of all."""
+        if self.table is not None:
+            return {name: self.table.column(name) for name in COSTS}
+        assert self.recipe is not None  # noqa: S101 there is one where there is no table
+        every, r = np.arange(NUM_MODELS), self.recipe
+        adds = multiply_adds(every, r.width, r.side, r.classes, r.channels)
+        found = {"parameters": parameters(every, r.width, r.classes, r.channels)}
+        return {
+            name: values.astype(float) for name, values in (found | {"multiply_adds": adds}).items()
+        }
 
     @cached_property
     def candidates(self) -> Ints:
@@ -218,7 +225,8 @@ class _Stage:
     def _searched(self) -> list[Answer]:
         options = self.options
         space = self.table.space if self.table else BLOX
-        search = options.chosen.begin(space, self.candidates, options.seed, self._prior())
+        searcher = options.chosen
+        search = searcher.begin(space, self.candidates, options.seed, self._prior(searcher))
         if options.by == "training":
             answer = self._trained()
         else:
@@ -243,10 +251,14 @@ class _Stage:
 
         return answer
 
-    def _prior(self) -> Floats | None:
-        if self.options.prior is None:
+    def _prior(self, searcher: Searcher) -> Floats | None:
+        """Return what the searcher is told before: a proxy's scores, or its own column."""
+        if self.options.prior is not None:
+            return self._scored(self.options.prior, self.candidates, "prior")
+        if searcher.prior_column is None:
             return None
-        return self._scored(self.options.prior, self.candidates, "prior")
+        values: Floats = self.costs[searcher.prior_column][self.feasible]
+        return values
 
     def _scored(self, name: str, models: Ints, what: str) -> Floats:
         """Return a proxy's scores of models at their first weights."""
@@ -290,24 +302,27 @@ class _Stage:
 
     def _repeats(self, table: Table) -> dict[str, Any]:
         """Search again by other seeds, and at random, which tells how much was luck."""
-        options, told = self.options, {}
-        optimum = float(table.column("test_accuracy")[self.feasible].max())
+        options = self.options
         both = {options.searcher: options.chosen, "random": SEARCHERS["random"]()}
-        for name, searcher in both.items() if options.repeats else ():
-            curves = []
-            for seed in range(options.seed + 1, options.seed + 1 + options.repeats):
-                search = searcher.begin(table.space, self.candidates, seed)
-                answers = pursue(search, looked_up(table, seed), options.budget)
-                curves.append([answer.test for answer in incumbents(answers)])
-                self.watch(f"other seeds, {name}", len(curves), options.repeats)
-            last = [curve[-1] for curve in curves]
+        told = {}
+        for number, (name, searcher) in enumerate(both.items() if options.repeats else (), 1):
+            found = simulate(
+                searcher,
+                table.columns,
+                options.repeats,
+                options.budget,
+                self.feasible,
+                seed=derive(options.seed, "repeats"),
+            )
+            last = found.chosen[:, -1].tolist()
             told[name] = {
                 "seeds": options.repeats,
                 "mean": statistics.mean(last),
                 "deviation": statistics.stdev(last) if len(last) > 1 else 0.0,
-                "regret": optimum - statistics.mean(last),
-                "curve": np.mean(curves, axis=0).tolist(),
+                "regret": float(found.regret[:, -1].mean()),
+                "curve": found.chosen.mean(0).tolist(),
             }
+            self.watch("other seeds", number, len(both))
         return told
 
     def _proxies(self) -> dict[str, Any]:
@@ -339,11 +354,11 @@ class _Stage:
             curves = train_model(module, recipe, self.splits, seed)
             metrics["test_accuracy"] = curves.test_correct[-1] / recipe.test
             self.watch("training what was found", 1, 1)
-        module.to(memory_format=torch.contiguous_format)
+        weights = {name: value.contiguous() for name, value in module.state_dict().items()}
         bundle.write(
             self.path / "bundle",
             stage="search",
-            weights=module.state_dict(),
+            weights=weights,
             architecture=recipe.architecture(best.model).model_dump(mode="json", exclude_none=True),
             config=self.options.model_dump(mode="json", exclude_none=True, exclude={"output"}),
             seed=seed,

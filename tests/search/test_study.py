@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from hansa.errors import InputError
+from hansa.search.searchers.study import Study
 from hansa.search.spaces import MACRO
-from hansa.search.study import Study
 
 optuna = pytest.importorskip("optuna")
 

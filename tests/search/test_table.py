@@ -33,7 +33,14 @@ def _rows() -> list[Row]:
 
 
 def _profiles(**changes: object) -> list[dict[str, object]]:
-    key = {"backend": "torch", "batch": 1, "threads": 1, "dtype": "float32", "device": "here"}
+    key = {
+        "backend": "torch",
+        "batch": 1,
+        "threads": 1,
+        "dtype": "float32",
+        "device": "here",
+        "usable": True,
+    }
     return [
         {"model": m, **key, "cpu_min": 0.001 * k, **changes} for k, m in enumerate(MODELS[:3], 1)
     ]
@@ -125,14 +132,13 @@ def test_a_table_comes_back_from_parquet_and_sqlite_as_it_was(tmp_path: Path) ->
     store.add(RECIPE, [(row.model, row.seed) for row in TABLE.rows])
     for row in TABLE.rows:
         store.finish(RECIPE.name, (row.model, row.seed), row.curves)
-    store.put_profiles(RECIPE.name, _profiles())
     for name in ("table.parquet", "table.sqlite"):
         found = open_table(tmp_path / name)
         assert found.rows == TABLE.rows
         assert found.description == RECIPE
         for column in ("validation_accuracy", "test_accuracy", "train_seconds", "parameters"):
             assert (found.column(column) == TABLE.column(column)).all()
-        assert found.latency(50_000, "here") == 0.003
+    assert open_table(tmp_path / "table.parquet").latency(50_000, "here") == 0.003
     with pytest.raises(InputError, match="made by tiny"):
         open_table(tmp_path / "table.parquet", recipe="cifar100-w32")
 

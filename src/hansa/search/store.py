@@ -33,13 +33,7 @@ CREATE TABLE IF NOT EXISTS runs (
     PRIMARY KEY (recipe, model, seed)
 );
 CREATE INDEX IF NOT EXISTS waiting ON runs (status, recipe, position);
-CREATE TABLE IF NOT EXISTS profiles (
-    recipe TEXT, model INTEGER, device TEXT, backend TEXT, batch INTEGER, threads INTEGER,
-    dtype TEXT, found TEXT,
-    PRIMARY KEY (recipe, model, device, backend, batch, threads, dtype)
-);
 """
-PROFILE_KEY = ("model", "device", "backend", "batch", "threads", "dtype")
 
 
 class Store:
@@ -188,27 +182,6 @@ class Store:
             statement = "SELECT json_extract(curves, ?) FROM runs WHERE recipe = ?"
             found = file.execute(f"{statement} AND status = 'done'", (path, recipe)).fetchall()
         return [value for (value,) in found if value is not None]
-
-    def put_profiles(self, recipe: str, rows: Iterable[dict[str, object]]) -> None:
-        """Keep latencies, each over what was measured of the same before."""
-        with self._open() as file:
-            for row in rows:
-                key = [row[name] for name in PROFILE_KEY]
-                rest = {name: value for name, value in row.items() if name not in PROFILE_KEY}
-                file.execute(
-                    "INSERT OR REPLACE INTO profiles VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (recipe, *key, json.dumps(rest)),
-                )
-
-    def profiles(self, recipe: str) -> list[dict[str, object]]:
-        """Return all latencies, in the order of their keys."""
-        names = ", ".join(PROFILE_KEY)
-        statement = f"SELECT {names}, found FROM profiles WHERE recipe = ? ORDER BY {names}"  # noqa: S608
-        with self._open() as file:
-            rows = file.execute(statement, (recipe,)).fetchall()
-        return [
-            {**dict(zip(PROFILE_KEY, row, strict=False)), **json.loads(row[-1])} for row in rows
-        ]
 
 
 def _lives(process: int) -> bool:

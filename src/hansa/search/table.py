@@ -4,8 +4,10 @@ A table is arrays in memory, so that a question takes about a microsecond; ``tab
 and writes its files.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 from hansa.errors import InputError
 from hansa.models.blox_space import multiply_adds as multiply_adds_of
 from hansa.models.blox_space import parameters as parameters_of
+from hansa.search.columns import Columns
 from hansa.search.recipes import Recipe
 from hansa.search.spaces import BLOX, Bools, Floats, Ints, Space
 from hansa.search.training import Curves
@@ -67,8 +70,8 @@ class Table:
         validation: Floats,
         test: Floats,
         train_seconds: Floats,
-        parameters: Ints,
-        multiply_adds: Ints,
+        parameters: Ints | Floats,
+        multiply_adds: Ints | Floats,
         latencies: Mapping[tuple[str, int], Floats] | None = None,
         *,
         chosen: Ints | None = None,
@@ -93,7 +96,9 @@ class Table:
         }
         self._by_seed["train_seconds"] = train_seconds[order].astype(np.float64)
         self._known = known
-        self._columns = {name: np.nanmean(each, axis=1) for name, each in self._by_seed.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a table of others without seconds
+            self._columns = {n: np.nanmean(each, axis=1) for n, each in self._by_seed.items()}
         self._columns["parameters"] = parameters[order].astype(np.float64)
         self._columns["multiply_adds"] = multiply_adds[order].astype(np.float64)
         self._latencies = {key: each[order] for key, each in (latencies or {}).items()}
@@ -101,6 +106,23 @@ class Table:
         self._row = {model: row for row, model in enumerate(self.models.tolist())}
         # Lists answer single questions several times faster than arrays.
         self._lists = {name: each.tolist() for name, each in self._columns.items()}
+
+    @classmethod
+    def of_columns(cls, columns: Columns) -> "Table":
+        """Return a table of others, of which nothing but the columns is known."""
+        curves = columns.curves
+        return cls(
+            columns.space,
+            columns.recipe,
+            columns.models,
+            columns.seeds,
+            curves.get("validation", columns.validation),
+            curves.get("test", columns.test),
+            columns.train_seconds,
+            columns.parameters,
+            columns.multiply_adds,
+            {(device, 1): seconds for device, seconds in columns.latency.items()},
+        )
 
     @classmethod
     def of_rows(
@@ -221,7 +243,8 @@ class Table:
             known = ", ".join(f"{name} (batch {size})" for name, size in sorted(self._latencies))
             found = f"{device!r} with batch {batch}"
             raise InputError("device", found, known or "none: hansa search table profile first")
-        return self._latencies[device, batch]
+        seconds: Floats = self._latencies[device, batch]
+        return seconds
 
     def column(self, name: str) -> Floats:
         """Return a value of all models, means over seeds, float64 [n].
@@ -253,6 +276,21 @@ class Table:
         """Return ``validation_accuracy`` or ``test_accuracy`` by epoch, [n, seeds, epochs]."""
         return self._curves[name]
 
+    @cached_property
+    def columns(self) -> Columns:
+        """The columns that searches are replayed on."""
+        return Columns(
+            self.space,
+            self.recipe,
+            self.models,
+            self.seeds,
+            self.matrix("validation_accuracy"),
+            self.matrix("test_accuracy"),
+            self.matrix("train_seconds"),
+            self.column("parameters"),
+            self.column("multiply_adds"),
+        )
+
     def front(self, cost: Floats, quality: Floats, feasible: Bools | None = None) -> Ints:
         """Return the rows that none beats in both cost and quality, cheapest first, int64 [m]."""
         rows = np.flatnonzero(np.ones(len(self), bool) if feasible is None else feasible)
@@ -282,6 +320,24 @@ class Table:
         return float(values[self.seeds.index(seed)])
 
 
+def label(row: Mapping[str, Any]) -> str:
+    """Return what a device is called by its latencies, with all that is unusual about them.
+
+    One thread of PyTorch in float32 is ``DEVICE``; others are ``DEVICE/onnxruntime``,
+    ``DEVICE/4-threads``, ``DEVICE/bfloat16``; what was kept by force is ``DEVICE/unusable``.
+    """
+    parts = [row["device"]]
+    if row["backend"] != "torch":
+        parts.append(row["backend"])
+    if row["threads"] != 1:
+        parts.append(f"{row['threads']}-threads")
+    if row["dtype"] != "float32":
+        parts.append(row["dtype"])
+    if not row["usable"]:
+        parts.append("unusable")
+    return "/".join(parts)
+
+
 def _latencies(
     models: Ints, profiles: Sequence[Mapping[str, Any]]
 ) -> dict[tuple[str, int], Floats]:
@@ -290,6 +346,7 @@ def _latencies(
         at = int(np.searchsorted(models, row["model"]))
         if at == len(models) or models[at] != row["model"]:
             continue
-        key = row["device"], row["batch"]
+        key = label(row), row["batch"]
+        # The least processor time is what repeats where a machine has other work as well.
         found.setdefault(key, np.full(len(models), np.nan))[at] = row["cpu_min"]
     return found

@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 
 from hansa.errors import InputError, first_line
 from hansa.files import write_atomic
-from hansa.search.foreign import foreign
+from hansa.search.foreign import read_macro
+from hansa.search.foreign_blox import read_blox
+from hansa.search.profile import KEY
 from hansa.search.recipes import RECIPES, Recipe
-from hansa.search.store import PROFILE_KEY, Store
+from hansa.search.store import Store
 from hansa.search.table import Row, Table
 from hansa.search.training import Curves
 
@@ -41,8 +43,10 @@ def open_table(path: str | Path = SMALL, recipe: str | None = None) -> Table:
         InputError: no such file, one that is no table, or one of another recipe.
     """
     place = packaged(str(path)) if str(path) in RECIPES else Path(path)
-    if place.is_dir() or place.suffix == ".json":
-        table = foreign(place)
+    if place.is_dir():
+        table = Table.of_columns(read_blox(place))
+    elif place.suffix == ".json":
+        table = Table.of_columns(read_macro(place))
     elif not place.is_file():
         raise InputError("table", f"no file {path}", f"{SMALL}, or a file that is there")
     elif place.suffix == ".parquet":
@@ -51,7 +55,7 @@ def open_table(path: str | Path = SMALL, recipe: str | None = None) -> Table:
         store = Store(place)
         own = store.recipe(recipe)
         rows = (Row(*each) for each in store.runs(own.name))
-        table = Table.of_rows(own, rows, store.profiles(own.name))
+        table = Table.of_rows(own, rows)
     if recipe is not None and table.recipe != recipe:
         raise InputError("table", f"{path}, made by {table.recipe}", f"a table of {recipe}")
     return table
@@ -87,7 +91,7 @@ def merge(tables: Sequence[Table]) -> Table:
             if before.curves.results != row.curves.results:
                 found = f"two results of model {row.model} with seed {row.seed}"
                 raise InputError("tables", found, "tables that agree where they overlap")
-        profiles |= {tuple(row[name] for name in PROFILE_KEY): row for row in table.profiles}
+        profiles |= {tuple(row[name] for name in KEY): row for row in table.profiles}
     return Table.of_rows(recipe, rows.values(), profiles.values())
 
 

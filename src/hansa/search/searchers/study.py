@@ -59,7 +59,9 @@ class _StudySearch(Search):
             found = f"{options.storage or options.sampler} ({first_line(error)})"
             raise InputError("options.storage", found, "a storage of Optuna's") from error
         choices = optuna.distributions.CategoricalDistribution
-        self._slots = {f"slot{k}": choices(tuple(range(n))) for k, n in enumerate(space.sizes)}
+        self._slots: dict[str, Any] = {
+            f"slot{k}": choices(tuple(range(n))) for k, n in enumerate(space.sizes)
+        }
         self._trials: dict[int, Any] = {}
         self._seen = 0
         self._take_notice()
