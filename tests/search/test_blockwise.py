@@ -56,7 +56,7 @@ def test_a_block_that_is_the_teachers_stage_has_no_error(tmp_path) -> None:
     options = BlockFitting(steps=1, batch_size=4, lr=1e-12, evaluations=1)
     which = [(stage, cells[stage]) for stage in range(3)]
     blocks = train_blocks(network, inputs(), inputs(6, 1), tmp_path, options, which=which)
-    # The reduction is the teacher's, the cell another: put the teacher's there as well.
+    # The reduction began as the teacher's, the cell's weights were drawn.
     held = features(network, inputs(6, 1))
     for stage, cell in which:
         block = blocks.stage(stage, cell)
@@ -64,6 +64,10 @@ def test_a_block_that_is_the_teachers_stage_has_no_error(tmp_path) -> None:
             error = (block(held.maps[stage]) - held.maps[stage + 1]).square().mean()
             assert float(error) == pytest.approx(blocks.scores["mse"][stage, cell], rel=1e-4)
             assert float(error) > 1e-4
+            for name, value in network.stages[stage].named_parameters():
+                if name.startswith("reduction") or value.ndim > 1:  # norms all begin alike
+                    same = torch.allclose(block.get_parameter(name), value)
+                    assert same == name.startswith("reduction")
             block.load_state_dict(network.stages[stage].state_dict())
             torch.testing.assert_close(block(held.maps[stage]), held.maps[stage + 1])
 

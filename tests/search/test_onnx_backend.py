@@ -28,6 +28,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         onnx_runner(network(), torch.zeros(1, 1, 4, 4), 1)
 
 
+@pytest.mark.slow(25)
 def test_outputs_are_those_of_pytorch() -> None:
     for name in _NEEDED:
         pytest.importorskip(name)

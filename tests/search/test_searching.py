@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from hansa.bundle import read_bundle
 from hansa.cli import main
@@ -77,7 +76,7 @@ def test_limits_hold_for_every_model_that_is_asked_for(table, tmp_path) -> None:
 
 def test_a_search_by_training_goes_on_after_it_was_interrupted(tmp_path, monkeypatch) -> None:
     values = {"by": "training", "recipe": TINY.name, "searcher": "evolution", "budget": 5}
-    values |= {"options": {"population": 3, "sample": 2}, "limits": {"parameters": 12_000}}
+    values |= {"options": {"population": 3, "tournament": 2}, "limits": {"parameters": 12_000}}
     whole = search({**values, "output": str(tmp_path / "whole")})
     assert all(parameters([a["model"]], 2, 12, 3)[0] <= 12_000 for a in whole.summary["answers"])
 
@@ -148,9 +147,8 @@ def test_a_federation_trains_the_model_that_its_clients_were_given(tmp_path) -> 
             "training": {"steps": 1},
         }
     )
-    summary = json.loads((run.path / "summary.json").read_text())
-    assert summary["rounds"] == 1 if "rounds" in summary else True
-    assert torch.isfinite(torch.tensor(summary["test"]["mean"])) if "test" in summary else True
+    assert read_bundle(run.path / "bundle").architecture["options"]["arch"] == 45
+    assert run.config.data.only == ("client-0", "client-2")
 
 
 @pytest.mark.parametrize(
@@ -177,20 +175,27 @@ def test_wrong_input_is_named_before_anything_is_made(table, tmp_path, changes, 
 
 def test_the_commands_from_a_table_to_a_model(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+    def run(arguments: list[str]) -> int:
+        monkeypatch.setattr("sys.argv", ["hansa", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
     made = ["search", "table", "generate", "t.sqlite", "--recipe", "tiny"]
-    assert main([*made, "--models", "random:3", "--json"]) == 0
+    assert run([*made, "--models", "random:3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["done"] == 3
-    assert main(["search", "table", "merge", "t.parquet", "t.sqlite"]) == 0
+    assert run(["search", "table", "merge", "t.parquet", "t.sqlite"]) == 0
     capsys.readouterr()
-    assert main(["search", "table", "query", "--table", "t.parquet", "--json"]) == 0
+    assert run(["search", "table", "query", "--table", "t.parquet", "--json"]) == 0
     best = json.loads(capsys.readouterr().out)
-    assert main(["search", "table", "query", str(best["model"]), "--table", "t.parquet"]) == 0
+    assert run(["search", "table", "query", str(best["model"]), "--table", "t.parquet"]) == 0
     assert f"parameters: {best['parameters']}" in capsys.readouterr().out
     (tmp_path / "c.toml").write_text('table = "t.parquet"\nsearcher = "random"\nrepeats = 2\n')
-    assert main(["search", "c.toml", "--json", "--out", "found"]) == 0
+    assert run(["search", "c.toml", "--json", "--out", "found"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["models"] == 3
     assert Path(found["bundle"]).is_dir()
     for wrong in (["--models", "none"], ["--recipe", "none"], ["--models", "all:3"]):
-        assert main([*made, *wrong]) == 2
+        assert run([*made, *wrong]) == 2
         assert "hansa: " in capsys.readouterr().err

@@ -1,59 +1,46 @@
-"""Optuna's samplers and storage behind the same questions."""
+"""A study on a space of two cells a stage."""
 
 import numpy as np
 import pytest
 
 from hansa.errors import InputError
-from hansa.search.searchers.study import Study
-from hansa.search.spaces import MACRO
+from hansa.models.blox_space import cells_of
+from hansa.search.fitting import Fitting
+from hansa.search.select import Cap
+from hansa.search.study import _spearman, blockwise_study
+from search.blocks import OPTIONS, inputs, labels, teacher
 
-optuna = pytest.importorskip("optuna")
-
-CANDIDATES = np.arange(0, 6561, 97)
-
-
-def _ask(search, num: int) -> list[int]:
-    asked = []
-    for _ in range(num):
-        model = search.ask()
-        search.tell(model, float(MACRO.split([model])[0].sum()))
-        asked.append(model)
-    return asked
+CELLS = (0, 2)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_only_candidates_are_asked_each_once_and_the_same_by_one_seed(sampler) -> None:
-    asked = _ask(Study(sampler=sampler).begin(MACRO, CANDIDATES, 3), 20)
-    assert len(set(asked)) == 20
-    assert set(asked) <= set(CANDIDATES.tolist())
-    assert asked == _ask(Study(sampler=sampler).begin(MACRO, CANDIDATES, 3), 20)
+def test_a_study_tells_of_random_and_of_chosen_models(tmp_path) -> None:
+    x, y = inputs(8), labels(8)
+    costs = np.zeros((3, 45))
+    costs[0, 2] = 1.0
+    options = {"blocks": OPTIONS.model_copy(update={"steps": 1, "evaluations": 1})}
+    options |= {"tuning": Fitting(steps=1, batch_size=4, evaluations=1)}
+    data = teacher(), (x, y), (x, y), (x, y), tmp_path
+    found = blockwise_study(*data, **options, caps=[Cap(costs, 0.5)], cells=CELLS, num_random=4)
+    rows = found["models"]
+    assert [row["chosen_by"] for row in rows] == [
+        *["random"] * 4,
+        "dna mse",
+        "dna nsr",
+        "lana",
+        "donna",
+    ]
+    for row in rows:
+        first, *others = cells_of(row["model"])
+        assert first == 0
+        assert set(others) <= set(CELLS)
+        assert 0 <= row["test"] <= 1
+    assert len({row["model"] for row in rows[:4]}) == 4
+    assert sorted(found["correlation"]) == ["dna mse", "dna nsr", "donna", "lana"]
+    with pytest.raises(InputError, match="num_random"):
+        blockwise_study(*data, num_random=3)
 
 
-def test_all_candidates_are_asked_before_it_ends() -> None:
-    search = Study().begin(MACRO, np.array([5, 600, 6000]), 0)
-    assert sorted(_ask(search, 3)) == [5, 600, 6000]
-    assert search.ask() is None
-
-
-def test_those_who_share_a_study_ask_for_no_model_twice(tmp_path) -> None:
-    options = Study(storage=f"sqlite:///{tmp_path / 'study.db'}")
-    first, second = (options.begin(MACRO, CANDIDATES, seed) for seed in (0, 1))
-    asked = _ask(first, 5) + _ask(second, 5) + _ask(first, 5)
-    assert len(set(asked)) == 15
-    late = options.begin(MACRO, CANDIDATES, 2)
-    assert late.shared == 15
-    assert set(late.candidates[late.told]) == set(asked)
-
-
-def test_a_study_of_another_space_is_refused(tmp_path) -> None:
-    storage = f"sqlite:///{tmp_path / 'study.db'}"
-    study = optuna.create_study(storage=storage, study_name="hansa", direction="maximize")
-    numbers = {"x": optuna.distributions.IntDistribution(0, 2)}
-    study.add_trial(optuna.trial.create_trial(params={"x": 1}, distributions=numbers, value=1.0))
-    with pytest.raises(InputError, match="another space"):
-        Study(storage=storage).begin(MACRO, CANDIDATES, 0)
-
-
-def test_a_storage_that_is_none_is_refused() -> None:
-    with pytest.raises(InputError, match=r"options\.storage"):
-        Study(storage="nothing://here").begin(MACRO, CANDIDATES, 0)
+def test_rank_correlation_by_hand() -> None:
+    assert _spearman(np.array([1.0, 2, 3]), np.array([10.0, 20, 25])) == pytest.approx(1)
+    assert _spearman(np.array([1.0, 2, 3]), np.array([3.0, 1, 2])) == pytest.approx(-0.5)
+    assert _spearman(np.array([1.0, 1, 1]), np.array([3.0, 1, 2])) == 0

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hansa.search.limits import Limits
 from hansa.search.proxies import PROXIES
@@ -66,10 +66,17 @@ class SearchOptions(BaseModel):
     def _fits(self) -> "SearchOptions":
         if self.searcher not in SEARCHERS:
             raise ValueError(f"searcher {self.searcher!r} is none of {', '.join(SEARCHERS)}")
-        wrong = [name for name in (*self.proxies, self.prior or "params") if name not in PROXIES]
-        if wrong:
-            raise ValueError(f"proxy {wrong[0]!r} is none of {', '.join(PROXIES)}")
-        _ = self.chosen
+        unknown = [p for p in (*self.proxies, self.prior or "params") if p not in PROXIES]
+        if unknown:
+            raise ValueError(f"proxy {unknown[0]!r} is none of {', '.join(PROXIES)}")
+        try:
+            _ = self.chosen
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)[0]
+            key = ".".join(map(str, wrong["loc"]))
+            known = ", ".join(SEARCHERS[self.searcher].model_fields) or "none"
+            told = f"options of {self.searcher} ({known}), but {key}: {wrong['msg']}"
+            raise ValueError(told) from error
         return self
 
     @property

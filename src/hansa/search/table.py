@@ -257,7 +257,8 @@ class Table:
         """
         if name not in self._columns:
             raise InputError("column", repr(name), ", ".join(self._columns))
-        return self._columns[name]
+        values: Floats = self._columns[name]
+        return values
 
     def matrix(self, name: str) -> Floats:
         """Return a value by model and seed, float64 [n, seeds], nan where there is no run.

@@ -10,7 +10,7 @@ from hansa.search.spaces import Floats, Ints, Space
 from hansa.seeding import derive
 
 
-class Study(Searcher):
+class Optuna(Searcher):
     """A study of Optuna, in memory or in a storage."""
 
     name: ClassVar[str] = "optuna"
@@ -31,7 +31,7 @@ class Study(Searcher):
 
 
 class _StudySearch(Search):
-    def __init__(self, options: Study, space: Space, candidates: Ints, seed: int) -> None:
+    def __init__(self, options: Optuna, space: Space, candidates: Ints, seed: int) -> None:
         super().__init__(space, candidates, seed)
         try:
             import optuna
