@@ -17,6 +17,7 @@ from hansa.data.federate import DataOptions, federate
 from hansa.federation.methods import METHODS
 from hansa.models import Architecture, build
 from hansa.pruning import SCORERS
+from hansa.search.searchers import SEARCHERS
 
 
 def loaded(name: str) -> ModuleType:
@@ -109,3 +110,12 @@ def test_the_audit_benchmark_is_valid(tmp_path) -> None:
     found = module.entities()
     assert set(found) == {"DATE", "GPE", "ORG", "PERSON"}
     assert all(row["precision"] > 0.9 and row["recall"] > 0.9 for row in found.values())
+
+
+def test_every_row_of_the_search_benchmark_is_valid() -> None:
+    search = loaded("search")
+    assert {search.searcher_of(row).name for row in search.ROWS} == set(SEARCHERS)
+    assert set(search.REFERENCE) | set(search.RUNS) <= set(search.ROWS)
+    todo = search.pieces("x.json", tuple(search.ROWS), search.LIMITS, quick=False)
+    assert len({str(piece) for piece in todo}) == len(todo)
+    assert sum(piece.runs for piece in todo if piece.row == "brp") == 300

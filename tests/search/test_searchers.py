@@ -144,6 +144,17 @@ def test_evolution_mutates_one_slot_of_a_living_model() -> None:
         asked.append(model)
 
 
+def test_evolution_asks_again_where_it_may() -> None:
+    models = np.arange(3)
+    search = AgingEvolution(population=1, repeats=True).begin(Space("two", (2, 2)), models, 0)
+    asked = []
+    while (model := search.ask()) is not None:
+        asked.append(model)
+        search.tell(model, 0.5)
+    assert set(asked) == {0, 1, 2}
+    assert len(asked) > 3
+
+
 def test_reinforce_moves_towards_what_is_good() -> None:
     search = Reinforce(lr=1.0).begin(MACRO, np.arange(6561), 0)
     for _ in range(150):

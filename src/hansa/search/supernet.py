@@ -3,12 +3,12 @@
 A stage is a mixture of all 45 cells under a softmax of 45 architecture parameters. The cells share
 their operations: three that may stand first, f, and three that may stand second, g. What a cell
 returns is then a sum of some of 24 terms: f(x) for each f, and g of f(x), of f(x) + x and of x for
-each pair. So the mixture of all 45 is exact at 24 operations a stage instead of 84, and every
+each pair. So the mixture of all 45 is exact at 24 operations a stage instead of 87, and every
 operation learns from all cells it stands in.
 
 Two forms. ``path`` draws one cell per stage and step (Gumbel-softmax, straight through), so that a
 step costs what a step of one model costs; on one core this is the form that is affordable, and
-the default. ``mixture`` computes all terms: about 14 times the operations and the memory.
+the default. ``mixture`` computes all terms: about 12 times the operations and the memory.
 """
 
 from collections.abc import Callable

@@ -70,7 +70,10 @@ class Search(ABC):
 
     @abstractmethod
     def propose(self) -> int:
-        """Return the position of an open candidate, of which there is at least one."""
+        """Return the position of an open candidate, of which there is at least one.
+
+        A searcher with an option to ask again may return one that is not open.
+        """
 
     def learn(self, position: int, score: float) -> None:  # noqa: B027 - most need not
         """Take notice of a score, after it was noted in ``scores`` and ``told``."""

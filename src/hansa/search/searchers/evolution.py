@@ -6,7 +6,6 @@ The winner of a tournament is mutated in one slot, the oldest model dies.
 from collections import deque
 from typing import ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from hansa.search.searchers.base import Search, Searcher
@@ -20,33 +19,31 @@ class _Evolution(Search):
         candidates: Ints,
         seed: int,
         prior: Floats | None,
-        population: int,
-        tournament: int,
+        options: "AgingEvolution",
     ) -> None:
-        super().__init__(space, candidates, seed, prior, num_warm=population)
-        self._alive: deque[int] = deque(maxlen=population)
-        self._to_begin, self._tournament = population, tournament
+        super().__init__(space, candidates, seed, prior, num_warm=options.population)
+        self._alive: deque[tuple[int, float]] = deque(maxlen=options.population)
+        self._options = options
 
     def propose(self) -> int:
         num_used = len(self.candidates) - self._num_open
-        if num_used < self._to_begin or not self._alive:
+        if num_used < self._options.population or not self._alive:
             return self.random()
         for _ in range(5 * len(self._alive)):
             position = self._winner()
             around = self.neighbours(position)
-            around = around[self.is_open[around]]
+            if not self._options.repeats:
+                around = around[self.is_open[around]]
             if len(around):
                 return int(around[self.rng.integers(len(around))])
         return self.random()  # all around the living was asked
 
     def _winner(self) -> int:
-        num = min(self._tournament, len(self._alive))
-        drawn = self.rng.choice(len(self._alive), num, replace=False)
-        members = [self._alive[k] for k in drawn]
-        return members[int(np.argmax(self.scores[members]))]
+        drawn = self.rng.permutation(len(self._alive))[: self._options.tournament]
+        return max((self._alive[k] for k in drawn), key=lambda member: member[1])[0]
 
     def learn(self, position: int, score: float) -> None:
-        self._alive.append(position)
+        self._alive.append((position, score))
 
 
 class AgingEvolution(Searcher):
@@ -55,14 +52,17 @@ class AgingEvolution(Searcher):
     Attributes:
         population: how many models live; the oldest dies when another is told.
         tournament: how many of them are drawn, of which the best becomes the parent.
+        repeats: whether a child may be a model that was asked before, as in the published form;
+            it is then asked once more, which may be of use where answers are noisy.
     """
 
     name: ClassVar[str] = "evolution"
     population: int = Field(20, ge=1)
     tournament: int = Field(5, ge=1)
+    repeats: bool = False
 
     def begin(
         self, space: Space, candidates: Ints, seed: int, prior: Floats | None = None
     ) -> Search:
         """Begin a search."""
-        return _Evolution(space, candidates, seed, prior, self.population, self.tournament)
+        return _Evolution(space, candidates, seed, prior, self)
