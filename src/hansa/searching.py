@@ -30,6 +30,7 @@ from hansa.runs import claim, locked
 from hansa.search.federated import Group, groups
 from hansa.search.loop import Answer, answered, best_of, incumbents, looked_up, pursue
 from hansa.search.options import SearchOptions
+from hansa.search.priors import PRIORS, prior_of
 from hansa.search.proxies import proxy
 from hansa.search.recipes import RECIPES, Recipe, Splits, open_data, recipe_of
 from hansa.search.searchers import SEARCHERS, Searcher
@@ -42,7 +43,7 @@ from hansa.search.training import train_model
 from hansa.seeding import derive, numpy_generator
 
 Watch = Callable[[str, int, int], None]
-_OWN = ("config.toml", "table.sqlite", "table.sqlite-wal", "table.sqlite-shm")
+_OWN = ("config.toml", "table.sqlite", "table.sqlite-wal", "table.sqlite-shm", "blocks")
 
 
 @dataclass(frozen=True)
@@ -227,13 +228,17 @@ class _Stage:
         space = self.table.space if self.table else BLOX
         searcher = options.chosen
         search = searcher.begin(space, self.candidates, options.seed, self._prior(searcher))
-        if options.by == "training":
-            answer = self._trained()
-        else:
-            assert self.table is not None  # noqa: S101 there is one by table
-            answer = looked_up(self.table, options.seed)
         total = min(options.budget, len(self.candidates))
-        return pursue(search, answer, total, lambda done: self.watch("searching", done, total))
+        return pursue(
+            search, self._answer(), total, lambda done: self.watch("searching", done, total)
+        )
+
+    def _answer(self) -> Callable[[int], Answer]:
+        """Return what finds out how good a model is."""
+        if self.options.by == "training":
+            return self._trained()
+        assert self.table is not None  # noqa: S101 there is one by table
+        return looked_up(self.table, self.options.seed)
 
     def _trained(self) -> Callable[[int], Answer]:
         recipe, seed = self.recipe, self.options.seed
@@ -253,12 +258,34 @@ class _Stage:
 
     def _prior(self, searcher: Searcher) -> Floats | None:
         """Return what the searcher is told before: a proxy's scores, or its own column."""
-        if self.options.prior is not None:
-            return self._scored(self.options.prior, self.candidates, "prior")
+        prior = self.options.prior
+        if prior in PRIORS:
+            return self._trained_prior(prior)[self.candidates]
+        if prior is not None:
+            return self._scored(prior, self.candidates, "prior")
         if searcher.prior_column is None:
             return None
         values: Floats = self.costs[searcher.prior_column][self.feasible]
         return values
+
+    def _trained_prior(self, name: str) -> Floats:
+        options, recipe = self.options, self.recipe
+        if recipe is None:
+            raise InputError("prior", name, "none for a table of others: their models are not here")
+        rng = numpy_generator(options.seed, "fitted")
+        fitted = rng.permutation(self.candidates)[: options.priors.fitted]
+        answer = self._answer()
+        return prior_of(
+            name,
+            recipe,
+            self.splits,
+            self.path / "blocks",
+            options.priors,
+            options.seed,
+            lambda models: np.array([answer(model).validation for model in models]),
+            fitted,
+            self.watch,
+        )
 
     def _scored(self, name: str, models: Ints, what: str) -> Floats:
         """Return a proxy's scores of models at their first weights."""

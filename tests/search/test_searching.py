@@ -106,6 +106,19 @@ def test_proxies_are_held_to_the_tables_accuracies(table, tmp_path) -> None:
     assert warm.summary["models"] == 6
 
 
+def test_a_search_asks_from_the_top_of_what_blocks_or_a_supernet_say(tmp_path) -> None:
+    values = {"by": "training", "recipe": TINY.name, "searcher": "by_cost", "budget": 2}
+    values |= {"priors": {"steps": 1, "fitted": 4}, "output": str(tmp_path), "train": False}
+    told: list[str] = []
+    for name in ("lana", "dna", "donna", "supernet"):
+        told.clear()
+        found = search({**values, "prior": name}, watch=lambda what, *_: told.append(what))
+        assert found.summary["models"] == 2
+        # The first has trained the teacher and the blocks, and those after it find them.
+        assert ("training the teacher" in told) == (name == "lana")
+        assert ("training the supernet" in told) == (name == "supernet")
+
+
 def test_clients_get_what_they_can_run_and_a_federation_each(table, tmp_path) -> None:
     data = open_table(table)
     sizes = sorted(data.column("parameters"))
@@ -156,6 +169,7 @@ def test_a_federation_trains_the_model_that_its_clients_were_given(tmp_path) -> 
     [
         ({"searcher": "guess"}, "searcher 'guess' is none of"),
         ({"proxies": ["magic"]}, "magic"),
+        ({"prior": "hope"}, "hope"),
         ({"limits": {"parameters": 1}}, r"limits\.parameters"),
         ({"limits": {"latency": 1.0}}, "profile first"),
         ({"by": "training", "table": None}, "recipe"),

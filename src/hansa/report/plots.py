@@ -66,7 +66,8 @@ def lines(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _format(axes, percent, bytes_)
     if percent and not whole:
-        axes.set_ylim(0, 1.1 * max(y for points in series.values() for _, y in points))
+        highest = max(y for points in series.values() for _, y in points)
+        axes.set_ylim(0, 1.1 * highest or 1)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     if counts:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))

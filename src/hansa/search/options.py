@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hansa.search.limits import Limits
+from hansa.search.priors import PRIORS, PriorOptions
 from hansa.search.proxies import PROXIES
 from hansa.search.searchers import SEARCHERS, Searcher
 from hansa.search.tables import SMALL
@@ -50,7 +51,10 @@ class SearchOptions(BaseModel):
     limits: Limits = Limits()
     """The most that a model may cost."""
     prior: str | None = None
-    """A zero-cost proxy whose scores the searcher begins with, where it can."""
+    """What the searcher begins with, where it can: a zero-cost proxy, or ``dna``, ``donna``,
+    ``lana`` or ``supernet``."""
+    priors: PriorOptions = PriorOptions()
+    """How the last four are trained."""
     proxies: tuple[str, ...] = ()
     """Zero-cost proxies whose rank correlation with accuracy the report tells."""
     proxy_models: int = Field(40, ge=5, strict=True)
@@ -66,9 +70,11 @@ class SearchOptions(BaseModel):
     def _fits(self) -> "SearchOptions":
         if self.searcher not in SEARCHERS:
             raise ValueError(f"searcher {self.searcher!r} is none of {', '.join(SEARCHERS)}")
-        unknown = [p for p in (*self.proxies, self.prior or "params") if p not in PROXIES]
-        if unknown:
+        if unknown := [name for name in self.proxies if name not in PROXIES]:
             raise ValueError(f"proxy {unknown[0]!r} is none of {', '.join(PROXIES)}")
+        if self.prior is not None and self.prior not in (*PROXIES, *PRIORS):
+            known = ", ".join((*PROXIES, *PRIORS))
+            raise ValueError(f"prior {self.prior!r} is none of {known}")
         try:
             _ = self.chosen
         except ValidationError as error:
