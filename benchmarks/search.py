@@ -10,7 +10,8 @@ Tables: NAS-Bench-Macro, with ``--data`` (github.com/xiusu/NAS-Bench-Macro,
 data/nas-bench-macro_cifar10.json), without limits and where models may have at most the median
 multiply-adds, or parameters, of all. The order by multiply-adds stands among the searchers. The
 curve of an independent run of random search, evolution and local search stands below ours, with
-the distance in standard errors of the difference. Its evolution asks for models again, as
+the distance in standard errors of the difference (less the rounding of that run's figures), and
+below random search what it must have in expectation. That run's evolution asks for models again, as
 published; ours does not, unless told to.
 
     python benchmarks/search.py --data PATH.json [--quick] [--json] [--searchers random,brp]
@@ -32,13 +33,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import gammaln
 
 from hansa.files import write_atomic
 from hansa.search.columns import Columns
 from hansa.search.foreign import read_macro
 from hansa.search.searchers import SEARCHERS, Searcher
 from hansa.search.simulate import simulate
-from hansa.search.spaces import Bools
+from hansa.search.spaces import Bools, Floats
 
 MARKS = (20, 50, 100, 150)
 LIMITS = ("none", "multiply_adds", "parameters")
@@ -64,6 +66,7 @@ REFERENCE = {
 }
 """An independent run of 200 searches each: ``best`` at the marks, rounded to 0.01."""
 REFERENCE_RUNS = 200
+ROUNDING = 0.005
 PART = 20
 """Searches of one piece of work."""
 
@@ -130,7 +133,21 @@ def pieces(data: str, rows: Sequence[str], limits: Sequence[str], quick: bool) -
     return made
 
 
-def table(folder: Path, done: Sequence[Piece], limit: str, rows: Sequence[str]) -> dict[str, Any]:
+def expected(accuracy: Floats, queries: int) -> float:
+    """Return the expected best of so many models drawn at random without replacement.
+
+    The k-th smallest of n is the best of q with probability C(k - 1, q - 1) / C(n, q).
+    """
+    ranked = np.sort(accuracy)
+    rank = np.arange(queries, len(ranked) + 1)
+    chance = gammaln(rank) - gammaln(queries) - gammaln(rank - queries + 1)
+    total = gammaln(len(ranked) + 1) - gammaln(queries + 1) - gammaln(len(ranked) - queries + 1)
+    return float(np.exp(chance - total) @ ranked[queries - 1 :])
+
+
+def table(
+    folder: Path, done: Sequence[Piece], columns: Columns, limit: str, rows: Sequence[str]
+) -> dict[str, Any]:
     """Print what was found under one limit; return row -> mark -> chosen accuracy, 0 to 1."""
     incumbent: dict[str, dict[str, float]] = {}
     lines, optimum = [], 0.0
@@ -149,11 +166,16 @@ def table(folder: Path, done: Sequence[Piece], limit: str, rows: Sequence[str]) 
             cells += [f"{m:.3f} ± {e:.3f}" for m, e in zip(values.mean(0), errors, strict=True)]
             if kind == "best" and limit == "none" and row in REFERENCE:
                 both = errors * np.sqrt(1 + runs / REFERENCE_RUNS)  # as noisy as ours, by search
-                beside = (values.mean(0) - np.array(REFERENCE[row])) / both
+                apart = values.mean(0) - np.array(REFERENCE[row])
+                beside = np.sign(apart) * (np.abs(apart) - ROUNDING).clip(min=0) / both
             if kind == "chosen":
                 means = values.mean(0) / 100
                 incumbent[row] = dict(zip(map(str, MARKS), means.tolist(), strict=True))
         lines.append(f"| {row} | {runs} | {' | '.join(cells)} |")
+        if row == "random":
+            accuracy = columns.test[feasible(columns, limit)].mean(1)
+            exact = [f"{100 * expected(accuracy, mark):.3f}" for mark in MARKS]
+            lines.append(f"| *random, exact expectation* | | {' | '.join(exact)} | | | | |")
         if limit == "none" and row in REFERENCE:
             shown = [f"{v:.2f} ({b:+.1f})" for v, b in zip(REFERENCE[row], beside, strict=True)]
             lines.append(
@@ -173,7 +195,7 @@ def on_macro(
 ) -> dict[str, Any]:
     """Replay all searches on NAS-Bench-Macro; return limit -> row -> mark -> accuracy."""
     folder.mkdir(parents=True, exist_ok=True)
-    read_macro(data)  # what is wrong with it is told before anything else
+    columns = read_macro(data)  # what is wrong with it is told before anything else
     todo = pieces(data, rows, limits, quick)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context) as pool:
@@ -182,7 +204,7 @@ def on_macro(
             job.result()
             if sys.stderr.isatty():
                 print(f"\r  {number}/{len(jobs)}", end="", file=sys.stderr, flush=True)
-    return {limit: table(folder, todo, limit, rows) for limit in limits}
+    return {limit: table(folder, todo, columns, limit, rows) for limit in limits}
 
 
 def chosen(text: str, known: Sequence[str], option: str) -> list[str]:

@@ -119,3 +119,6 @@ def test_every_row_of_the_search_benchmark_is_valid() -> None:
     todo = search.pieces("x.json", tuple(search.ROWS), search.LIMITS, quick=False)
     assert len({str(piece) for piece in todo}) == len(todo)
     assert sum(piece.runs for piece in todo if piece.row == "brp") == 300
+    values = np.array([0.1, 0.4, 0.7])
+    assert abs(search.expected(values, 2) - (0.4 + 0.7 + 0.7) / 3) < 1e-12
+    assert abs(search.expected(values, 3) - 0.7) < 1e-12
