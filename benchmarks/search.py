@@ -6,17 +6,19 @@ model, drawn among its seeds. Two figures, in percent, as mean and standard erro
 best    the largest mean test accuracy of what was asked (what that run and many papers show)
 chosen  the mean test accuracy of the model with the best answer (what a user would have)
 
-Tables: NAS-Bench-Macro, with ``--data`` (github.com/xiusu/NAS-Bench-Macro,
-data/nas-bench-macro_cifar10.json), without limits and where models may have at most the median
-multiply-adds, or parameters, of all. The order by multiply-adds stands among the searchers. The
-curve of an independent run of random search, evolution and local search stands below ours, with
-the distance in standard errors of the difference (less the rounding of that run's figures), and
-below random search what it must have in expectation. That run's evolution asks for models again, as
-published; ours does not, unless told to.
+Tables: the one that comes with Hansa, and NAS-Bench-Macro with ``--data``
+(github.com/xiusu/NAS-Bench-Macro, data/nas-bench-macro_cifar10.json), without limits and where
+models may have at most the median multiply-adds, or parameters, of all. The order by multiply-adds
+stands among the searchers. On NAS-Bench-Macro the curve of an independent run of random search,
+evolution and local search stands below ours, with the distance in standard errors of the
+difference (less the rounding of that run's figures), and below random search what it must have in
+expectation. That run's evolution asks for models again, as published; ours does not, unless told
+to.
 
     python benchmarks/search.py --data PATH.json [--quick] [--json] [--searchers random,brp]
         [--limits none,multiply_adds,parameters] [--processes 2] [--output FOLDER]
 
+Questions a second, and the seconds that it takes to go through the whole space, are told as well.
 Finished searches are kept in FOLDER (by default ``runs/search``): the same command goes on where
 it was stopped.
 """
@@ -25,6 +27,7 @@ import argparse
 import json
 import multiprocessing
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -36,11 +39,12 @@ import torch
 from scipy.special import gammaln
 
 from hansa.files import write_atomic
+from hansa.models import blox_space
 from hansa.search.columns import Columns
-from hansa.search.foreign import read_macro
 from hansa.search.searchers import SEARCHERS, Searcher
 from hansa.search.simulate import simulate
-from hansa.search.spaces import Bools, Floats
+from hansa.search.spaces import MACRO, Bools, Floats
+from hansa.search.tables import SMALL, open_table
 
 MARKS = (20, 50, 100, 150)
 LIMITS = ("none", "multiply_adds", "parameters")
@@ -55,6 +59,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "reinforce": {"searcher": "reinforce"},
     "ridge": {"searcher": "ridge"},
     "brp": {"searcher": "brp"},
+    "optuna": {"searcher": "optuna"},
     "by_cost": {"searcher": "by_cost"},
 }
 RUNS = {"random": 1000, "evolution": 400, "evolution-repeats": 400, "local": 400, "reinforce": 200}
@@ -82,7 +87,7 @@ class Piece:
     runs: int
 
     def __str__(self) -> str:
-        return f"macro.{self.limit}.{self.row}.{self.start}.{self.runs}"
+        return f"{Path(self.data).name}.{self.limit}.{self.row}.{self.start}.{self.runs}"
 
 
 def searcher_of(row: str) -> Searcher:
@@ -106,7 +111,7 @@ def work(piece: Piece, folder: Path) -> None:
     if path.exists():
         return
     torch.set_num_threads(1)
-    columns = read_macro(piece.data)
+    columns = open_table(piece.data).columns
     found = simulate(
         searcher_of(piece.row),
         columns,
@@ -115,7 +120,7 @@ def work(piece: Piece, folder: Path) -> None:
         feasible(columns, piece.limit),
         seed=piece.start,
     )
-    at = np.array(MARKS) - 1
+    at = np.minimum(MARKS, len(columns.models)) - 1
     kept = {"best": found.best[:, at].tolist(), "chosen": found.chosen[:, at].tolist()}
     write_atomic(path, json.dumps({**kept, "optimum": found.optimum}))
 
@@ -126,6 +131,8 @@ def pieces(data: str, rows: Sequence[str], limits: Sequence[str], quick: bool) -
     for limit in limits:
         for row in rows:
             total = 10 if quick else RUNS.get(row, 100)
+            if data == SMALL:
+                total = min(total, 100)
             if limit != "none":
                 total = min(total, 100)
             part = min(PART, total)
@@ -145,11 +152,12 @@ def expected(accuracy: Floats, queries: int) -> float:
     return float(np.exp(chance - total) @ ranked[queries - 1 :])
 
 
-def table(
+def show(
     folder: Path, done: Sequence[Piece], columns: Columns, limit: str, rows: Sequence[str]
 ) -> dict[str, Any]:
     """Print what was found under one limit; return row -> mark -> chosen accuracy, 0 to 1."""
     incumbent: dict[str, dict[str, float]] = {}
+    is_macro = columns.space == MACRO
     lines, optimum = [], 0.0
     for row in rows:
         own = [
@@ -164,7 +172,7 @@ def table(
             values = 100 * np.concatenate([np.array(each[kind]) for each in own])
             errors = values.std(0, ddof=1) / np.sqrt(runs)
             cells += [f"{m:.3f} ± {e:.3f}" for m, e in zip(values.mean(0), errors, strict=True)]
-            if kind == "best" and limit == "none" and row in REFERENCE:
+            if kind == "best" and is_macro and limit == "none" and row in REFERENCE:
                 both = errors * np.sqrt(1 + runs / REFERENCE_RUNS)  # as noisy as ours, by search
                 apart = values.mean(0) - np.array(REFERENCE[row])
                 beside = np.sign(apart) * (np.abs(apart) - ROUNDING).clip(min=0) / both
@@ -173,16 +181,18 @@ def table(
                 incumbent[row] = dict(zip(map(str, MARKS), means.tolist(), strict=True))
         lines.append(f"| {row} | {runs} | {' | '.join(cells)} |")
         if row == "random":
-            accuracy = columns.test[feasible(columns, limit)].mean(1)
-            exact = [f"{100 * expected(accuracy, mark):.3f}" for mark in MARKS]
+            accuracy = np.nanmean(columns.test[feasible(columns, limit)], axis=1)
+            most = len(accuracy)
+            exact = [f"{100 * expected(accuracy, min(mark, most)):.3f}" for mark in MARKS]
             lines.append(f"| *random, exact expectation* | | {' | '.join(exact)} | | | | |")
-        if limit == "none" and row in REFERENCE:
+        if is_macro and limit == "none" and row in REFERENCE:
             shown = [f"{v:.2f} ({b:+.1f})" for v, b in zip(REFERENCE[row], beside, strict=True)]
             lines.append(
                 f"| *{row}, independent run* | {REFERENCE_RUNS} | {' | '.join(shown)} | | | | |"
             )
     told = "" if limit == "none" else f", at most the median {limit.replace('_', '-')}"
-    print(f"\nNAS-Bench-Macro{told}: optimum {100 * optimum:.3f} %\n")
+    name = f"{columns.recipe}, {len(columns.models):,} models{told}"
+    print(f"\n{name}: optimum {100 * optimum:.3f} %\n")
     marks = [f"{kind} at {mark}" for kind in ("best", "chosen") for mark in MARKS]
     print(f"| searcher | searches | {' | '.join(marks)} |")
     print("|---|---|" + "---|" * len(marks))
@@ -190,12 +200,12 @@ def table(
     return incumbent
 
 
-def on_macro(
+def on_table(
     data: str, rows: Sequence[str], limits: Sequence[str], quick: bool, processes: int, folder: Path
 ) -> dict[str, Any]:
-    """Replay all searches on NAS-Bench-Macro; return limit -> row -> mark -> accuracy."""
+    """Replay all searches on a table; return limit -> row -> mark -> accuracy."""
     folder.mkdir(parents=True, exist_ok=True)
-    columns = read_macro(data)  # what is wrong with it is told before anything else
+    columns = open_table(data).columns  # what is wrong with it is told before anything else
     todo = pieces(data, rows, limits, quick)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context) as pool:
@@ -204,7 +214,26 @@ def on_macro(
             job.result()
             if sys.stderr.isatty():
                 print(f"\r  {number}/{len(jobs)}", end="", file=sys.stderr, flush=True)
-    return {limit: table(folder, todo, columns, limit, rows) for limit in limits}
+    return {limit: show(folder, todo, columns, limit, rows) for limit in limits}
+
+
+def speed() -> dict[str, float]:
+    """Print and return questions a second by number, and seconds for the whole space."""
+    known = open_table()
+    asked = np.random.default_rng(0).choice(known.models, 200_000).tolist()
+    begun = time.perf_counter()
+    for model in asked:
+        known.test_accuracy(model)
+    questions = len(asked) / (time.perf_counter() - begun)
+    begun = time.perf_counter()
+    vectors = [blox_space.vector_of(model) for model in range(blox_space.NUM_MODELS)]
+    numbers = [blox_space.id_of(vector) for vector in vectors]
+    seconds = time.perf_counter() - begun
+    if numbers != list(range(blox_space.NUM_MODELS)):
+        sys.exit("the space does not come back as it was")
+    told = f"{questions:,.0f} questions a second by number; the whole space to vectors and back in "
+    print(f"\n{told}{seconds:.1f} s")
+    return {"queries_per_second": questions, "space_seconds": seconds}
 
 
 def chosen(text: str, known: Sequence[str], option: str) -> list[str]:
@@ -230,10 +259,9 @@ def main() -> None:
     rows = chosen(options.searchers, tuple(ROWS), "--searchers")
     limits = chosen(options.limits, LIMITS, "--limits")
     folder = Path(options.output + ("-quick" if options.quick else ""))
-    result: dict[str, Any] = {"incumbent": {}, "queries_per_second": None}
-    # Further tables, blockwise searchers and the speed of queries join here.
-    if options.data:
-        found = on_macro(options.data, rows, limits, options.quick, options.processes, folder)
+    result: dict[str, Any] = {"incumbent": {}, **speed()}
+    for data in filter(None, [SMALL, options.data]):  # the last one's incumbents are told
+        found = on_table(data, rows, limits, options.quick, options.processes, folder)
         result["incumbent"] = found.get("none", {})
         result["incumbent_under_limits"] = {k: v for k, v in found.items() if k != "none"}
     if options.json:

@@ -23,6 +23,13 @@ from hansa.pruning.options import PruningOptions
 from hansa.safeguard.phases import AnyPhase
 from hansa.safeguard_config import PRESETS
 from hansa.safeguard_config import load as load_safeguard
+from hansa.search.limits import Limits
+from hansa.search.options import ClientOptions, SearchOptions
+from hansa.search.priors import PriorOptions
+from hansa.search.proxies import PROXIES
+from hansa.search.recipes import RECIPES
+from hansa.search.searchers import SEARCHERS
+from hansa.searching import load as load_search
 from hansa.training import train
 from support import in_turn
 
@@ -70,6 +77,31 @@ def test_code_about_scores_runs(tmp_path, monkeypatch, capsys) -> None:
     found = literal_eval(capsys.readouterr().out.splitlines()[-1])
     assert found.keys() == {"ifd_score", "conditional_loss"}
     assert all(value > 0 for value in found.values())
+
+
+def test_code_in_the_guide_to_search_runs(capsys) -> None:
+    shared: dict[str, object] = {}
+    for code in blocks(ROOT / "docs" / "search.md", "python"):
+        exec(code, shared)  # noqa: S102
+    first, sizes = capsys.readouterr().out.splitlines()[:2]
+    assert first.endswith(
+        "both_skips(conv, mbconv) | sequential(mbconv, mbconv) | inner_skip(conv, conv)"
+    )
+    assert sizes == "3104164 288891904"
+
+
+def test_every_searcher_proxy_recipe_and_option_of_search_is_documented() -> None:
+    text = (ROOT / "docs" / "search.md").read_text()
+    assert all(f"| `{name}` |" in text for name in (*SEARCHERS, *RECIPES))
+    keys = {*PROXIES, *SearchOptions.model_fields} - {"priors", "limits", "clients"}
+    keys |= {f"limits.{key}" for key in Limits.model_fields}
+    keys |= {f"priors.{key}" for key in PriorOptions.model_fields}
+    keys |= {f"clients.{key}" for key in ClientOptions.model_fields}
+    assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
+    for toml in blocks(ROOT / "docs" / "search.md", "toml"):
+        ClientOptions.model_validate({"train": "x.toml", **tomllib.loads(toml)["clients"]})
+    options = load_search(ROOT / "examples" / "search.toml")
+    assert options.chosen.name == "evolution"
 
 
 def test_every_score_and_option_of_curation_is_documented() -> None:

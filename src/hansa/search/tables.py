@@ -67,7 +67,7 @@ def packaged(name: str) -> Path:
     Raises:
         InputError: none of this name does.
     """
-    found = Path(str(resources.files("hansa.search"))) / "tables" / f"{name}.parquet"
+    found = Path(str(resources.files("hansa.search"))) / "data" / f"{name}.parquet"
     if not found.is_file():
         raise InputError("table", f"{name}, which does not come with Hansa", f"{SMALL}, or a file")
     return found
