@@ -16,7 +16,8 @@ expectation. That run's evolution asks for models again, as published; ours does
 to.
 
     python benchmarks/search.py --data PATH.json [--quick] [--json] [--searchers random,brp]
-        [--limits none,multiply_adds,parameters] [--processes 2] [--output FOLDER]
+        [--limits none,multiply_adds,parameters] [--tables small,data] [--processes 2]
+        [--output FOLDER]
 
 Questions a second, and the seconds that it takes to go through the whole space, are told as well.
 Finished searches are kept in FOLDER (by default ``runs/search``): the same command goes on where
@@ -253,6 +254,7 @@ def main() -> None:
     parser.add_argument("--data", help="NAS-Bench-Macro's JSON file")
     parser.add_argument("--searchers", default="", help="some rows of the table")
     parser.add_argument("--limits", default="", help="some of none, multiply_adds, parameters")
+    parser.add_argument("--tables", default="", help="small (Hansa's own), data, or both")
     parser.add_argument("--processes", type=int, default=2, help="pieces done at the same time")
     parser.add_argument("--output", default="runs/search", help="folder of the results")
     options = parser.parse_args()
@@ -260,7 +262,9 @@ def main() -> None:
     limits = chosen(options.limits, LIMITS, "--limits")
     folder = Path(options.output + ("-quick" if options.quick else ""))
     result: dict[str, Any] = {"incumbent": {}, **speed()}
-    for data in filter(None, [SMALL, options.data]):  # the last one's incumbents are told
+    tables = {"small": SMALL, "data": options.data}
+    wanted = [tables[name] for name in chosen(options.tables, tuple(tables), "--tables")]
+    for data in filter(None, wanted):  # the last one's incumbents are told
         found = on_table(data, rows, limits, options.quick, options.processes, folder)
         result["incumbent"] = found.get("none", {})
         result["incumbent_under_limits"] = {k: v for k, v in found.items() if k != "none"}

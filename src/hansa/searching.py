@@ -206,10 +206,13 @@ class _Stage:
             "validation_accuracy": best.validation,
             "test_accuracy": best.test,
             "train_seconds": sum(answer.seconds for answer in answers),
-            "limits": options.limits.model_dump(exclude_none=True),
+            "limits": options.limits.model_dump(exclude_unset=True),
             "answers": [asdict(answer) for answer in answers],
             "curve": [answer.test for answer in incumbents(answers)],
         }
+        at = int(np.flatnonzero(self.candidates == best.model)[0])
+        for name, values in self.costs.items():
+            summary[name] = int(values[self.feasible][at])
         if self.recipe is not None:
             summary["cells"] = describe(best.model)
             summary["arch_vec"] = vector_of(best.model)

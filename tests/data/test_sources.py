@@ -117,6 +117,16 @@ def test_digits_are_real_images() -> None:
     assert images[0, 0, 0].tolist() == [-1, -1, -0.375, 0.625, 0.125, -0.875, -1, -1]
 
 
+def test_digits_have_the_size_and_the_channels_asked_for() -> None:
+    index = np.arange(3)
+    small = load(SourceOptions()).read(index)
+    large = load(SourceOptions(size=(16, 24), channels=3)).read(index)
+    assert large.shape == (3, 3, 16, 24)
+    assert torch.equal(large[:, 0], large[:, 2])
+    # Twice the size keeps the mean of each row of pixels, but for the borders.
+    assert torch.allclose(large.mean(), small.mean(), atol=0.02)
+
+
 def test_rows_come_as_bytes_in_the_order_asked_for(opened: Any) -> None:
     source = opened(table([0, 1, 1, 0]))
     images = read(source, 3, 0, 3)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -76,7 +77,7 @@ def load(options: SourceOptions) -> Source:
     """
     kind, _, rest = options.source.partition(":")
     if kind == "digits" and not rest:
-        return _digits()
+        return _digits(options)
     if kind in _KINDS and rest:
         return _KINDS[kind](rest, options)
     raise InputError(
@@ -86,12 +87,16 @@ def load(options: SourceOptions) -> Source:
     )
 
 
-def _digits() -> Source:
+def _digits(options: SourceOptions) -> Source:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     # Values 0..16, scaled to [-1, 1] as other images are.
     images = torch.from_numpy(bunch.images.astype(np.float32)).unsqueeze(1).div_(8).sub_(1)
+    if options.size is not None:
+        images = F.interpolate(images, size=options.size, mode="bilinear")
+    if options.channels is not None:
+        images = images.expand(-1, options.channels, -1, -1).contiguous()
     labels = bunch.target.astype(np.int64)
     names = tuple(str(name) for name in bunch.target_names)
     return Source("digits", labels, names, None, lambda index: images[torch.from_numpy(index)])

@@ -103,7 +103,14 @@ def _plots(summary: Summary) -> list[Part]:
         plot(
             title,
             CHOSEN,
-            lines(series, title=title, x="models asked for", y="test", percent=True, whole=False),
+            lines(
+                series,
+                title=title,
+                x="models asked for",
+                y="test accuracy",
+                percent=True,
+                whole=False,
+            ),
         )
     ]
     spent, by_time = 0.0, []
@@ -115,7 +122,7 @@ def _plots(summary: Summary) -> list[Part]:
         {summary["searcher"]: by_time},
         title=title,
         x="seconds of training, summed",
-        y="test",
+        y="test accuracy",
         shares=False,
         stepped=[summary["searcher"]],
     )
@@ -129,7 +136,12 @@ def _plots(summary: Summary) -> list[Part]:
         }
         caption = "Nothing in the table is better and costs less than a model on the front."
         shown = scatter(
-            points, title=title, x=summary["cost"], y="test", shares=False, stepped=["front"]
+            points,
+            title=title,
+            x=summary["cost"],
+            y="test accuracy",
+            shares=False,
+            stepped=["front"],
         )
         made.append(plot(title, caption, shown))
     return made

@@ -193,10 +193,9 @@ def _made(recipe: Recipe) -> Splits:
     if recipe.source == "gratings":
         inputs, labels = gratings(sum(sizes), seed=0, side=recipe.side)
     else:
-        source = load(SourceOptions())
+        source = load(SourceOptions(size=(recipe.side, recipe.side)))
         order = np.random.RandomState(0).permutation(len(source.labels))
-        small = source.read(order)
-        inputs = nn.functional.interpolate(small, size=recipe.shape[1:], mode="bilinear")
+        inputs = source.read(order)
         labels = torch.from_numpy(source.labels[order])
     return Splits(*zip(inputs.split(sizes), labels.split(sizes), strict=True))
 
