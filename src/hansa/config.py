@@ -32,7 +32,7 @@ class ModelOptions(_Section):
     """Which model is trained."""
 
     name: str = "mlp"
-    """``mlp``, ``cnn``, ``resnet18``, ``resnet20``, ``vgg16`` or ``module:Class``."""
+    """``mlp``, ``cnn``, ``resnet18``, ``resnet20``, ``vgg16``, ``blox`` or ``module:Class``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the model's class."""
     buffers: Buffers = "averaged"

@@ -205,14 +205,14 @@ class _Stage:
             "model": best.model,
             "validation_accuracy": best.validation,
             "test_accuracy": best.test,
-            "train_seconds": sum(answer.seconds for answer in answers),
+            "train_seconds": _known(sum(answer.seconds for answer in answers)),
             "limits": options.limits.model_dump(exclude_unset=True),
-            "answers": [asdict(answer) for answer in answers],
+            "answers": [{**asdict(a), "seconds": _known(a.seconds)} for a in answers],
             "curve": [answer.test for answer in incumbents(answers)],
         }
         at = int(np.flatnonzero(self.candidates == best.model)[0])
         for name, values in self.costs.items():
-            summary[name] = int(values[self.feasible][at])
+            summary[name] = _known(values[self.feasible][at])
         if self.recipe is not None:
             summary["cells"] = describe(best.model)
             summary["arch_vec"] = vector_of(best.model)
@@ -232,9 +232,13 @@ class _Stage:
         searcher = options.chosen
         search = searcher.begin(space, self.candidates, options.seed, self._prior(searcher))
         total = min(options.budget, len(self.candidates))
-        return pursue(
-            search, self._answer(), total, lambda done: self.watch("searching", done, total)
-        )
+        answer = self._answer()
+        answers = pursue(search, answer, total, lambda done: self.watch("searching", done, total))
+        # Others who share the study may have found a better one, of which no test is known here.
+        best = int(search.candidates[np.nanargmax(search.scores)])
+        if best not in {each.model for each in answers}:
+            answers.append(answer(best))
+        return answers
 
     def _answer(self) -> Callable[[int], Answer]:
         """Return what finds out how good a model is."""
@@ -301,7 +305,8 @@ class _Stage:
         found = np.empty(len(models))
         for k, model in enumerate(models.tolist()):
             module = recipe.build(model, self.options.seed)
-            found[k] = proxy(name, module, batches, seed=self.options.seed)
+            value = proxy(name, module, batches, seed=self.options.seed)
+            found[k] = -np.inf if np.isnan(value) else value
             self.watch(f"{what} {name}", k + 1, len(models))
         return found
 
@@ -326,7 +331,7 @@ class _Stage:
             "regret": float(test[best] - table.test_accuracy(model)),
             "front": [[float(cost[r]), float(test[r]), int(table.models[r])] for r in front],
             "all": [[float(c), float(t)] for c, t in zip(cost, test, strict=True) if c == c],
-            "at": [float(cost[table.row(model)]), table.test_accuracy(model)],
+            "at": [_known(cost[table.row(model)]), table.test_accuracy(model)],
             "repeats": self._repeats(table),
         }
 
@@ -410,6 +415,11 @@ class _Stage:
             values["data"] = {**values.get("data", {}), "only": list(group.clients)}
             text = load_training(values).as_toml()
             write_atomic(self.path / f"train-{group.model}.toml", text)
+
+
+def _known(value: float) -> float | None:
+    """Return a number, or None for nan, which JSON does not have."""
+    return None if np.isnan(value) else float(value)
 
 
 _METRICS = ("validation_accuracy", "test_accuracy", "models", "candidates", "limits", "regret")

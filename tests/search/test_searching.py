@@ -65,6 +65,31 @@ def test_the_bundle_holds_the_model_trained_by_its_recipe(table, tmp_path) -> No
     assert sum(p.numel() for p in module.parameters()) == parameters([found.model], 2, 12, 3)[0]
 
 
+def test_a_table_of_others_is_searched_and_gives_no_bundle(tmp_path) -> None:
+    rows = {
+        f"{code:08d}": {
+            "test_acc": [50.0 + k, 51.0 + k],
+            "mean_acc": 50.5 + k,
+            "std": 0.5,
+            "params": 10.0 + k,
+            "flops": 20.0 + k,
+        }
+        for k, code in enumerate([0, 1, 2, 10, 11, 12, 20])
+    }
+    (tmp_path / "macro.json").write_text(json.dumps(rows))
+    values = {"table": str(tmp_path / "macro.json"), "searcher": "by_cost", "budget": 3}
+    found = search({**values, "repeats": 2, "output": str(tmp_path)})
+    assert found.bundle is None
+    assert found.model == 6  # 00000020 in base three, of the most multiply-adds
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    told = json.loads((found.path / "search.json").read_text(), parse_constant=refuse)
+    assert told["train_seconds"] is None
+    assert told["regret"] == 0
+
+
 def test_limits_hold_for_every_model_that_is_asked_for(table, tmp_path) -> None:
     data = open_table(table)
     most = int(sorted(data.column("parameters"))[5])

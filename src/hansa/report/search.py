@@ -1,6 +1,7 @@
 """The page about a search."""
 
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,12 @@ def _found(summary: Summary) -> list[list[object]]:
     rows += [
         ["validation accuracy, one run", f"{summary['validation_accuracy']:.1%}"],
         ["test accuracy", f"{summary['test_accuracy']:.1%}"],
-        ["seconds of training that the search takes", f"{summary['train_seconds']:,.0f}"],
     ]
-    for name in ("parameters", "multiply_adds"):
-        if name in summary:
-            rows.append([name.replace("_", "-"), f"{summary[name]:,}"])
+    units = {"train_seconds": "seconds of training that the search takes"}
+    units |= {"parameters": "parameters", "multiply_adds": "multiply-adds"}
+    for name, words in units.items():
+        if summary.get(name) is not None:
+            rows.append([words, f"{summary[name]:,.0f}"])
     for name, value in summary["limits"].items():
         rows.append([f"limit: {name.replace('_', '-')}", value])
     if "regret" in summary:
@@ -113,27 +115,26 @@ def _plots(summary: Summary) -> list[Part]:
             ),
         )
     ]
-    spent, by_time = 0.0, []
-    for answer, value in zip(answers, curve, strict=True):
-        spent += answer["seconds"]
-        by_time.append((spent, value))
-    title = "Best so far by time"
-    shown = scatter(
-        {summary["searcher"]: by_time},
-        title=title,
-        x="seconds of training, summed",
-        y="test accuracy",
-        shares=False,
-        stepped=[summary["searcher"]],
-    )
-    made.append(plot(title, "As if models were trained one after another.", shown))
+    if summary["train_seconds"] is not None:
+        title = "Best so far by time"
+        spent = accumulate(answer["seconds"] for answer in answers)
+        shown = scatter(
+            {summary["searcher"]: list(zip(spent, curve, strict=True))},
+            title=title,
+            x="seconds of training, summed",
+            y="test accuracy",
+            shares=False,
+            stepped=[summary["searcher"]],
+        )
+        made.append(plot(title, "As if models were trained one after another.", shown))
     if "front" in summary:
         title = "Accuracy and cost"
         points = {
             "models of the table": [tuple(each) for each in summary["all"]],
             "front": [(cost, value) for cost, value, _ in summary["front"]],
-            "found": [tuple(summary["at"])],
         }
+        if summary["at"][0] is not None:
+            points["found"] = [tuple(summary["at"])]
         caption = "Nothing in the table is better and costs less than a model on the front."
         shown = scatter(
             points,
