@@ -19,6 +19,7 @@ from hansa.cli import main
 from hansa.compare import _grid
 from hansa.config import load
 from hansa.safeguard_config import load as load_safeguard
+from hansa.searching import load as load_search
 
 HANSA = str(Path(sys.executable).with_name("hansa"))
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -118,6 +119,9 @@ def test_every_example_is_a_valid_configuration() -> None:
             continue
         if path.name.startswith("audit"):
             assert load_audit(path).chosen
+            continue
+        if path.name.startswith("search"):
+            assert load_search(path).chosen
             continue
         grid, _ = _grid(path, ["local"], [0], ())
         assert len(grid) == 1

@@ -85,7 +85,8 @@ def generate(
     ] = "spread:24",
     seeds: Annotated[int, typer.Option(help="Runs of each model.", min=1)] = 1,
     top: Annotated[
-        float, typer.Option(help="Share of the models that get more seeds afterwards.")
+        float,
+        typer.Option(help="Share of the models that get more seeds afterwards.", min=0, max=1),
     ] = 0.0,
     top_seeds: Annotated[int, typer.Option(help="How many seeds those have in all.")] = 6,
     workers: Annotated[int, typer.Option(help="Processes, of one thread each.")] = 1,
@@ -117,7 +118,7 @@ def generate(
         more = {"data": data, "workers": workers, "keep": keep, "watch": watch}
         make(path, own, jobs, **more)  # type: ignore[arg-type]
         if top:
-            best = promoted(Store(path), own, top)
+            best = promoted(Store(path), own, top, jobs)
             jobs = [(model, seed) for seed in range(seeds, top_seeds) for model in best]
             make(path, own, jobs, **more)  # type: ignore[arg-type]
     done, total = Store(path).progress(recipe)
@@ -198,12 +199,14 @@ def query(
         "validation_accuracy": found.validation_accuracy(number, seed, epoch),
         "test_accuracy": found.test_accuracy(number, seed, epoch),
         "seeds": len(found.seeds_of(number)),
-        "train_seconds": found.train_seconds(number, seed),
+        "train_seconds": _number(found.train_seconds(number, seed)),
         "parameters": found.parameters(number),
         "multiply_adds": found.multiply_adds(number),
     }
-    for name in [device] if device else found.devices:
-        values[f"ms on {name}, batch {batch}"] = 1000 * found.latency(number, name, batch)
+    for name, size in found.profiled:
+        seconds = found.latencies(name, size)[found.row(number)]
+        if device in (None, name) and seconds == seconds:
+            values[f"ms on {name}, batch {size}"] = 1000 * float(seconds)
     _say(values, json_)
 
 
@@ -221,6 +224,10 @@ def merge(
     write(table, out)
     values = {"table": str(out), "recipe": table.recipe, "models": len(table)}
     _say({**values, "runs": len(table.rows), "profiles": len(table.profiles)}, json_)
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value
 
 
 def _say(values: dict[str, Any], json_: bool) -> None:

@@ -33,7 +33,7 @@ from hansa.search.options import SearchOptions
 from hansa.search.priors import PRIORS, prior_of
 from hansa.search.proxies import proxy
 from hansa.search.recipes import RECIPES, Recipe, Splits, open_data, recipe_of
-from hansa.search.searchers import SEARCHERS, Searcher
+from hansa.search.searchers import SEARCHERS, Optuna, Searcher
 from hansa.search.simulate import simulate
 from hansa.search.spaces import BLOX, Bools, Floats, Ints
 from hansa.search.store import Store
@@ -112,10 +112,18 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
 class _Stage:
     def __init__(self, options: SearchOptions, path: Path, watch: Watch) -> None:
         self.options, self.path, self.watch = options, path, watch
+        self._known_prior: Floats | None = None
 
     def check(self) -> None:
         """Find what is wrong before anything is made."""
-        _ = self.feasible, self.groups
+        options, table = self.options, self.table
+        if options.recipe is not None and table is not None:
+            if table.space != BLOX:
+                raise InputError("recipe", options.recipe, f"none: models of {table.space.name}")
+            if options.by == "training" and self.recipe != table.description:
+                found = f"{options.recipe}, with a table made by {table.recipe}"
+                raise InputError("recipe", found, "that of the table, whose costs are kept to")
+        _ = self.feasible, self.groups, self.federations
         if self.recipe is not None and (self.options.train or self.options.by == "training"):
             _ = self.splits
 
@@ -199,7 +207,7 @@ class _Stage:
             "by": options.by,
             "searcher": options.searcher,
             "space": self.table.space.name if self.table else BLOX.name,
-            "recipe": self.recipe.name if self.recipe else self.table.recipe if self.table else "",
+            "recipe": self.table.recipe if self.table else self.recipe.name if self.recipe else "",
             "models": len(answers),
             "candidates": len(self.candidates),
             "model": best.model,
@@ -221,7 +229,8 @@ class _Stage:
             summary["proxies"] = self._proxies()
         summary["groups"] = [asdict(group) for group in self.groups]
         made = self._bundle(best, summary)
-        self._write_groups()
+        for name, text in self.federations.items():
+            write_atomic(self.path / name, text)
         page = report(self.path / "report.html", summary, (self.path / "config.toml").read_text())
         write_atomic(self.path / "search.json", json.dumps(summary, indent=2) + "\n")
         return Found(self.path, best.model, summary, page, made)
@@ -229,8 +238,9 @@ class _Stage:
     def _searched(self) -> list[Answer]:
         options = self.options
         space = self.table.space if self.table else BLOX
-        searcher = options.chosen
-        search = searcher.begin(space, self.candidates, options.seed, self._prior(searcher))
+        searcher = self._searcher()
+        self._known_prior = self._prior(searcher)
+        search = searcher.begin(space, self.candidates, options.seed, self._known_prior)
         total = min(options.budget, len(self.candidates))
         answer = self._answer()
         answers = pursue(search, answer, total, lambda done: self.watch("searching", done, total))
@@ -239,6 +249,16 @@ class _Stage:
         if best not in {each.model for each in answers}:
             answers.append(answer(best))
         return answers
+
+    def _searcher(self) -> Searcher:
+        """Return the searcher; a shared study is one of this table or recipe alone."""
+        searcher = self.options.chosen
+        if isinstance(searcher, Optuna):
+            made = self.table.recipe if self.table else ""
+            digest = self.recipe.digest if self.recipe else ""
+            name = "-".join(filter(None, [searcher.study, self.options.by, made, digest]))
+            return searcher.model_copy(update={"study": name})
+        return searcher
 
     def _answer(self) -> Callable[[int], Answer]:
         """Return what finds out how good a model is."""
@@ -320,8 +340,8 @@ class _Stage:
         best = rows[test[rows].argmax()]
         cost = table.column("multiply_adds")
         told: dict[str, Any] = {"cost": "multiply-adds"}
-        if options.limits.latency is not None or len(table.devices) == 1:
-            device = options.limits.device_of(table)
+        device = options.limits.device or (table.devices[0] if len(table.devices) == 1 else "")
+        if (device, options.limits.batch) in table.profiled:
             cost = table.latencies(device, options.limits.batch) * 1000
             told = {"cost": f"ms on {device}, batch {options.limits.batch}"}
         front = table.front(cost, test, ~np.isnan(cost))
@@ -338,7 +358,14 @@ class _Stage:
     def _repeats(self, table: Table) -> dict[str, Any]:
         """Search again by other seeds, and at random, which tells how much was luck."""
         options = self.options
-        both = {options.searcher: options.chosen, "random": SEARCHERS["random"]()}
+        own = options.chosen
+        if isinstance(own, Optuna):  # a shared study is for the search itself
+            own = own.model_copy(update={"storage": None})
+        both = {options.searcher: own, "random": SEARCHERS["random"]()}
+        prior = None
+        if self._known_prior is not None:
+            prior = np.full(len(table), -np.inf)
+            prior[self.feasible] = self._known_prior
         told = {}
         for number, (name, searcher) in enumerate(both.items() if options.repeats else (), 1):
             found = simulate(
@@ -347,7 +374,8 @@ class _Stage:
                 options.repeats,
                 options.budget,
                 self.feasible,
-                seed=derive(options.seed, "repeats"),
+                prior,
+                derive(options.seed, "repeats"),
             )
             last = found.chosen[:, -1].tolist()
             told[name] = {
@@ -402,19 +430,24 @@ class _Stage:
         )
         return self.path / "bundle"
 
-    def _write_groups(self) -> None:
-        """Write a configuration of ``hansa train`` for each federation of clients."""
-        clients = self.options.clients
-        if clients is None or clients.train is None:
-            return
-        for group in self.groups:
-            values = values_of(clients.train)
-            options = {**values.get("model", {}).get("options", {}), "arch": group.model}
+    @cached_property
+    def federations(self) -> dict[str, str]:
+        """File -> a configuration of ``hansa train``, for each federation of clients.
+
+        Its model is of the width that was limited, unless the user's own is a Blox already.
+        """
+        clients, found = self.options.clients, {}
+        for group in self.groups if clients is not None and clients.train is not None else ():
+            values = values_of(clients.train)  # type: ignore[union-attr, arg-type]
+            model = dict(values.get("model", {}))
+            own = model.get("options", {}) if model.get("name") == "blox" else {"norm": "group"}
+            width = {"width": self.recipe.width} if self.recipe else {}
+            model |= {"name": "blox", "options": {**width, **own, "arch": group.model}}
             values["name"] = f"{values.get('name', 'run')}-{group.model}"
-            values["model"] = {**values.get("model", {}), "name": "blox", "options": options}
+            values["model"] = model
             values["data"] = {**values.get("data", {}), "only": list(group.clients)}
-            text = load_training(values).as_toml()
-            write_atomic(self.path / f"train-{group.model}.toml", text)
+            found[f"train-{group.model}.toml"] = load_training(values).as_toml()
+        return found
 
 
 def _known(value: float) -> float | None:
@@ -422,4 +455,12 @@ def _known(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-_METRICS = ("validation_accuracy", "test_accuracy", "models", "candidates", "limits", "regret")
+_METRICS = (
+    "recipe",
+    "validation_accuracy",
+    "test_accuracy",
+    "models",
+    "candidates",
+    "limits",
+    "regret",
+)

@@ -146,7 +146,8 @@ def test_an_unknown_name_is_told_what_there_is(name: str) -> None:
         build(of(name))
     assert caught.value.key == "model.name"
     assert str(caught.value).endswith(
-        "allowed: mlp, cnn, resnet18, resnet20, vgg16, llama, gpt2, transformers or module:Class"
+        "allowed: mlp, cnn, resnet18, resnet20, vgg16, blox, llama, gpt2, transformers or "
+        "module:Class"
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -49,12 +50,10 @@ def test_every_model_and_seed_is_trained_once_and_told_of(whole, tmp_path) -> No
     assert [(model, seed) for model, seed, _ in rows] == sorted(JOBS)
     assert all(len(found["validation_correct"]) == TINY.epochs for *_, found in rows)
     told = []
-    before = whole.stat().st_mtime_ns
     generate(whole, TINY, JOBS, watch=lambda done, total: told.append((done, total)))
     assert told == [(8, 8)]
     assert _rows(whole) == rows
     assert Store(whole).add(TINY, JOBS) == 0
-    assert whole.stat().st_mtime_ns >= before
 
 
 def test_killed_at_random_three_times_it_ends_as_if_it_had_not_been(whole, tmp_path) -> None:
@@ -151,7 +150,38 @@ def test_models_are_promoted_by_validation_data(tmp_path) -> None:
         losses = [[0.1, 0.1]] * 3
         curves = Curves([1, 1], [validation, 0], [test, 0], *losses)
         store.finish(TINY.name, (model, 0), curves)
-    assert promoted(store, TINY, 0.5) == [1, 3]
+    jobs = [(model, 0) for model in range(4)]
+    assert promoted(store, TINY, 0.5, jobs) == [1, 3]
+    # Their further seeds do not change who was promoted.
+    store.add(TINY, [(1, 1)])
+    store.finish(TINY.name, (1, 1), Curves([1, 1], [0, 0], [0, 0], *losses))
+    assert promoted(store, TINY, 0.5, jobs) == [1, 3]
+    with pytest.raises(InputError, match="model 3 with seed 1"):
+        promoted(store, TINY, 0.5, [*jobs, (3, 1)])
+
+
+def test_a_run_that_was_interrupted_is_claimed_again_by_the_same_process(
+    tmp_path, monkeypatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> Curves:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "table.sqlite"
+    with monkeypatch.context() as patched:
+        patched.setattr("hansa.search.generate.train_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(path, TINY, JOBS[:1])
+    generate(path, TINY)
+    assert Store(path).progress(TINY.name) == (1, 1)
+
+
+def test_a_loss_that_is_no_number_is_kept_as_such(tmp_path) -> None:
+    store = Store(tmp_path / "table.sqlite")
+    store.add(TINY, [(5, 0)])
+    losses = [[0.1, float("nan")]] * 3
+    store.finish(TINY.name, (5, 0), Curves([1, 1], [2, 3], [3, 3], *losses))
+    assert store.at_epoch(TINY.name, 2) == [3]
+    assert str(next(store.runs(TINY.name))[2].test_loss) == "[0.1, nan]"
 
 
 def test_models_are_spread_over_classes_of_cost() -> None:
@@ -172,6 +202,16 @@ def test_models_that_nobody_can_choose_are_refused(wanted) -> None:
 def test_options_of_generation_are_checked(tmp_path, changes) -> None:
     with pytest.raises(InputError):
         generate(tmp_path / "table.sqlite", TINY, JOBS, **changes)
+
+
+def test_asking_a_file_does_not_change_it(tmp_path) -> None:
+    path = tmp_path / "others.db"
+    with sqlite3.connect(path) as file:
+        file.execute("CREATE TABLE theirs (x)")
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="SQLite"):
+        Store(path, read_only=True)
+    assert path.read_bytes() == before
 
 
 def test_a_file_that_is_no_table_is_refused(tmp_path) -> None:

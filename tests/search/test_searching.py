@@ -9,7 +9,7 @@ from hansa.bundle import read_bundle
 from hansa.cli import main
 from hansa.config import load as load_training
 from hansa.errors import InputError
-from hansa.models import restore
+from hansa.models import Architecture, build, restore
 from hansa.models.blox_space import parameters
 from hansa.search import recipes
 from hansa.search.generate import choose, generate
@@ -88,6 +88,8 @@ def test_a_table_of_others_is_searched_and_gives_no_bundle(tmp_path) -> None:
     told = json.loads((found.path / "search.json").read_text(), parse_constant=refuse)
     assert told["train_seconds"] is None
     assert told["regret"] == 0
+    with pytest.raises(InputError, match="recipe"):
+        search({**values, "recipe": TINY.name, "output": str(tmp_path)})
 
 
 def test_limits_hold_for_every_model_that_is_asked_for(table, tmp_path) -> None:
@@ -165,6 +167,12 @@ def test_clients_get_what_they_can_run_and_a_federation_each(table, tmp_path) ->
     )
     for model, clients in groups.items():
         config = load_training(found.path / f"train-{model}.toml")
+        network = build(
+            Architecture(
+                shape=(1, 8, 8), classes=10, **config.model.model_dump(include={"name", "options"})
+            )
+        )
+        assert sum(p.numel() for p in network.parameters()) == parameters([model], 2, 10, 1)[0]
         assert config.model.name == "blox"
         assert config.model.options["arch"] == model
         assert list(config.data.only or ()) == clients
@@ -199,6 +207,8 @@ def test_a_federation_trains_the_model_that_its_clients_were_given(tmp_path) -> 
         ({"limits": {"latency": 1.0}}, "profile first"),
         ({"by": "training", "table": None}, "recipe"),
         ({"recipe": "imagenet"}, "recipe"),
+        ({"recipe": "digits16-w8", "by": "training"}, "made by tiny"),
+        ({"clients": {"train": "no.toml", "limits": {"one": {}}}}, r"no\.toml"),
         ({"table": "missing.parquet"}, "no file"),
         ({"budget": 0}, "budget"),
         ({"options": {"colour": 1}}, "colour"),

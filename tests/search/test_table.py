@@ -1,7 +1,7 @@
 """Tables: what is asked of them, and their files."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,8 @@ import pytest
 from hansa.errors import InputError
 from hansa.models import blox_space
 from hansa.search.limits import Limits, best, ranked
+from hansa.search.profile import Latency
+from hansa.search.profiled import profile_table
 from hansa.search.query import model_of
 from hansa.search.spaces import BLOX
 from hansa.search.store import Store
@@ -41,8 +43,11 @@ def _profiles(**changes: object) -> list[dict[str, object]]:
         "device": "here",
         "usable": True,
     }
+    names = {each.name for each in fields(Latency)}
+    rest = dict.fromkeys(names - {"model", "cpu_min", *key})
     return [
-        {"model": m, **key, "cpu_min": 0.001 * k, **changes} for k, m in enumerate(MODELS[:3], 1)
+        {"model": m, **key, **rest, "cpu_min": 0.001 * k, **changes}
+        for k, m in enumerate(MODELS[:3], 1)
     ]
 
 
@@ -141,6 +146,49 @@ def test_a_table_comes_back_from_parquet_and_sqlite_as_it_was(tmp_path: Path) ->
     assert open_table(tmp_path / "table.parquet").latency(50_000, "here") == 0.003
     with pytest.raises(InputError, match="made by tiny"):
         open_table(tmp_path / "table.parquet", recipe="cifar100-w32")
+
+
+def test_latencies_of_another_table_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    write(TABLE, path)
+    other = RECIPE.model_copy(update={"lr": 1.0})
+    kept = path.with_suffix(".latency.parquet").read_bytes()
+    write(Table.of_rows(other, _rows()), path)
+    assert open_table(path).devices == []
+    path.with_suffix(".latency.parquet").write_bytes(kept)
+    with pytest.raises(InputError, match="another recipe"):
+        open_table(path)
+
+
+def test_a_profile_leaves_what_its_file_holds(tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    write(TABLE, out)
+    write(Table.of_rows(RECIPE, _rows()[:2]), tmp_path / "part.parquet")
+    options = {"device": "new", "batches": [1], "force": True}
+    rows = profile_table(tmp_path / "part.parquet", out, options=options)
+    assert [row.model for row in rows] == [7]
+    assert len(open_table(out)) == len(TABLE)
+    assert open_table(out).latency(50_000, "here") == 0.003
+
+
+def test_blox_own_files_are_a_table_as_well(tmp_path: Path) -> None:
+    curves = np.array([[[0.1, 0.5, 0.4]], [[0.2, 0.3, 0.6]]])
+    columns = replace(
+        TABLE.columns,
+        models=TABLE.models[:2],
+        seeds=(0,),
+        validation=curves.max(2),
+        test=np.array([[0.45], [0.55]]),
+        train_seconds=np.ones((2, 1)),
+        parameters=TABLE.columns.parameters[:2],
+        multiply_adds=TABLE.columns.multiply_adds[:2],
+        curves={"validation": curves},
+    )
+    table = Table.of_columns(columns)
+    assert table.test_accuracy(7) == pytest.approx(0.45)
+    assert table.validation_accuracy(7, epoch=3) == pytest.approx(0.4)
+    with pytest.raises(InputError, match="epoch"):
+        table.test_accuracy(7, epoch=3)
 
 
 def test_tables_are_merged_and_disagreements_named() -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from hansa.search.training import Curves, train_model
 from hansa.seeding import numpy_generator
 
 Watch = Callable[[int, int], None]
+_LOOK = 0.5
+"""Seconds between two looks at what others are doing."""
 
 
 def choose(wanted: str, seed: int = 0) -> Ints:
@@ -69,6 +72,8 @@ def generate(
 ) -> None:
     """Train what is still to be trained, each model and seed once, whoever else is at it.
 
+    Returns when all runs of the recipe are done, those that others have begun included.
+
     Args:
         path: the SQLite file, made or gone on with.
         recipe: how models are trained.
@@ -94,8 +99,7 @@ def generate(
     tell(*store.progress(recipe.name))
     if workers == 1:
         with one_thread():
-            while _one(store, recipe, splits, keep):
-                tell(*store.progress(recipe.name))
+            _work(store, recipe, splits, keep, lambda: tell(*store.progress(recipe.name)))
         return
     del splits
     with pool(workers) as executor:
@@ -109,10 +113,24 @@ def generate(
 
 
 def work(path: str | Path, recipe: Recipe, data: str | Path | None, keep: float) -> None:
-    """Train what can be claimed, until there is nothing left."""
-    store, splits = Store(path), open_data(recipe, data)
-    while _one(store, recipe, splits, keep):
-        pass
+    """Train what can be claimed, until all is done."""
+    _work(Store(path), recipe, open_data(recipe, data), keep, lambda: None)
+
+
+def _work(
+    store: Store, recipe: Recipe, splits: Splits, keep: float, tell: Callable[[], None]
+) -> None:
+    """Train what can be claimed; what others have claimed is waited for, lest they die."""
+    while True:
+        if _one(store, recipe, splits, keep):
+            tell()
+            continue
+        done, total = store.progress(recipe.name)
+        if done == total:
+            return
+        tell()
+        if not store.release():
+            sleep(_LOOK)
 
 
 def _one(store: Store, recipe: Recipe, splits: Splits, keep: float) -> bool:
@@ -130,8 +148,12 @@ def _one(store: Store, recipe: Recipe, splits: Splits, keep: float) -> bool:
         return len(others) >= math.ceil(2 / keep) and better >= keep * (len(others) + 1)
 
     model, seed = job
-    with store.held(recipe.name, job):
-        curves = train_model(recipe.build(model, seed), recipe, splits, seed, stop=stop)
+    try:
+        with store.held(recipe.name, job):
+            curves = train_model(recipe.build(model, seed), recipe, splits, seed, stop=stop)
+    except BaseException:
+        store.give_back(recipe.name, job)
+        raise
     store.finish(recipe.name, job, curves)
     return True
 
@@ -145,13 +167,27 @@ def _rungs(epochs: int) -> set[int]:
     return {math.ceil(share * epochs) for share in (0.55, 0.75)} - {epochs}
 
 
-def promoted(store: Store, recipe: Recipe, share: float) -> list[int]:
+def promoted(store: Store, recipe: Recipe, share: float, jobs: Sequence[Job]) -> list[int]:
     """Return the share of models that did best on validation data, the best first.
 
     A model's score is the mean over its seeds of its best epoch.
+
+    Args:
+        store: with the runs.
+        recipe: how they were made.
+        share: of the models, above 0 and at most 1.
+        jobs: the runs that count, all of which must be done; later seeds of the models that were
+            promoted do not, or the same call would promote others.
+
+    Raises:
+        InputError: a run that is not done.
     """
+    done = {(m, s): max(c.validation_correct) for m, s, c in store.runs(recipe.name)}
     scores: dict[int, list[int]] = {}
-    for model, _, curves in store.runs(recipe.name):
-        scores.setdefault(model, []).append(max(curves.validation_correct))
+    for job in jobs:
+        if job not in done:
+            found = f"model {job[0]} with seed {job[1]} still in work elsewhere"
+            raise InputError("--top", found, "the same command when that is done")
+        scores.setdefault(job[0], []).append(done[job])
     ranked = sorted(scores, key=lambda model: (-float(np.mean(scores[model])), model))
     return ranked[: math.ceil(share * len(ranked))]

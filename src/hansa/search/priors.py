@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hansa.errors import InputError
 from hansa.files import write_atomic
 from hansa.models.blox import Blox
-from hansa.models.blox_space import NUM_MODELS, id_of_cells
+from hansa.models.blox_space import CELLS, NUM_MODELS, Cell, id_of_cells
 from hansa.search.blockwise import BlockFitting, train_blocks
 from hansa.search.rankings import dna, donna, lana
 from hansa.search.recipes import Recipe, Splits
@@ -27,7 +28,8 @@ PRIORS = (*BLOCKWISE, "supernet")
 Watch = Callable[[str, int, int], None]
 Accuracies = Callable[[Sequence[int]], Floats]
 
-_TEACHER = id_of_cells([33, 33, 33])  # two mbconv with both skips: large, and quick to train
+_TEACHER = id_of_cells([CELLS.index(Cell("both_skips", (1, 1)))] * 3)
+"""Two ``mbconv`` with both skips in each stage: the largest cell, and quick to train."""
 
 
 class PriorOptions(BaseModel):
@@ -119,13 +121,18 @@ def _teacher(
 ) -> Blox:
     made = recipe.build(model, seed)
     assert isinstance(made, Blox)  # noqa: S101 recipes build no other
+    about = {"model": str(model), "seed": str(seed), "recipe": recipe.digest}
     if path.is_file():
+        with safetensors.safe_open(path, framework="pt") as file:
+            if file.metadata() != about:
+                found = f"{path}, of another model, seed or recipe"
+                raise InputError("priors.teacher", found, "the one it was begun with, or --out NEW")
         made.load_state_dict(safetensors.torch.load(path.read_bytes()))
     else:
         watch("training the teacher", 0, 1)
         train_model(made, recipe, splits, seed)
         made.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         weights = {name: value.contiguous() for name, value in made.state_dict().items()}
-        write_atomic(path, safetensors.torch.save(weights))
+        write_atomic(path, safetensors.torch.save(weights, metadata=about))
         watch("training the teacher", 1, 1)
     return made.eval()

@@ -11,7 +11,7 @@ from hansa.errors import InputError
 from hansa.search.generate import choose
 from hansa.search.profile import KEY, Latency, Meter, ProfileOptions, profile
 from hansa.search.table import Table
-from hansa.search.tables import open_table, write
+from hansa.search.tables import merge, open_table, write
 
 
 def profile_table(
@@ -50,12 +50,12 @@ def profile_table(
     recipe = table.description
     if recipe is None:
         raise InputError("table", table.recipe, "a table of models that are here")
-    numbers = choose(models).tolist() if models else table.models.tolist()
+    if Path(out).is_file():
+        table = merge([open_table(out, recipe.name), table])
+    numbers = (choose(models) if models else open_table(source).models).tolist()
     for number in numbers:
         table.row(number)
     rows = {_key(row): row for row in table.profiles}
-    if Path(out).is_file():
-        rows |= {_key(row): row for row in open_table(out, recipe.name).profiles}
 
     def keep(found: list[Latency]) -> None:
         rows.update((latency.key, latency.row()) for latency in found)

@@ -143,7 +143,6 @@ class Space:
 
 BLOX = Space("blox", (NUM_CELLS,) * NUM_STAGES)
 MACRO = Space("nas-bench-macro", (3,) * 8)
-SPACES = {space.name: space for space in (BLOX, MACRO)}
 
 _NONE = 3
 """Stands for a second operation that a cell does not have."""

@@ -6,6 +6,7 @@ once where its process is known to be gone. A finished row is written in one tra
 """
 
 import json
+import math
 import os
 import platform
 import sqlite3
@@ -15,6 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import time
+from typing import Any
 
 from hansa.errors import InputError
 from hansa.search.recipes import Recipe
@@ -41,27 +43,34 @@ class Store:
 
     Args:
         path: the file, made where it is not there.
+        read_only: whether nothing in the file is to change; then it must be there.
 
     Raises:
         InputError: a file that is no such table.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, read_only: bool = False) -> None:
         self.path = Path(path)
+        self._read_only = read_only
         self.worker = f"{platform.node()}:{os.getpid()}"
         if not self.path.parent.is_dir():
             raise InputError("TABLE", f"no folder {self.path.parent}", "a folder that is there")
         try:
             with self._open() as file:
-                file.execute("PRAGMA journal_mode=WAL")
-                file.executescript(_SCHEMA)
+                if read_only:
+                    file.execute("SELECT name, digest, description FROM recipes LIMIT 1")
+                else:
+                    file.execute("PRAGMA journal_mode=WAL")
+                    file.executescript(_SCHEMA)
         except sqlite3.DatabaseError as error:
             raise InputError("TABLE", f"{path} ({error})", "a table's SQLite file") from error
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """Yield a connection whose changes are one transaction: never kept over a fork."""
-        with closing(sqlite3.connect(self.path, timeout=60)) as file, file:
+        mode = "ro" if self._read_only else "rwc"
+        address = f"{self.path.absolute().as_uri()}?mode={mode}"
+        with closing(sqlite3.connect(address, timeout=60, uri=True)) as file, file:
             yield file
 
     def add_recipe(self, recipe: Recipe) -> None:
@@ -154,12 +163,19 @@ class Store:
             over.set()
             beat.join()
 
+    def give_back(self, recipe: str, job: Job) -> None:
+        """Let others, or this process again, claim a run that was not finished."""
+        with self._open() as file:
+            statement = "UPDATE runs SET status = 'waiting' WHERE recipe = ? AND model = ?"
+            where = "AND seed = ? AND worker = ? AND status = 'claimed'"
+            file.execute(f"{statement} {where}", (recipe, *job, self.worker))
+
     def finish(self, recipe: str, job: Job, curves: Curves) -> None:
         """Keep what a run gave. Who comes second, after a lease that was over, changes nothing."""
         with self._open() as file:
             statement = "UPDATE runs SET status = 'done', lease = NULL, curves = ?"
             where = "WHERE recipe = ? AND model = ? AND seed = ? AND status != 'done'"
-            file.execute(f"{statement} {where}", (json.dumps(asdict(curves)), recipe, *job))
+            file.execute(f"{statement} {where}", (_text(curves), recipe, *job))
 
     def progress(self, recipe: str) -> tuple[int, int]:
         """Return how many runs are done, and how many there are."""
@@ -173,7 +189,7 @@ class Store:
         with self._open() as file:
             statement = "SELECT model, seed, curves FROM runs WHERE recipe = ? AND status = 'done'"
             for model, seed, text in file.execute(f"{statement} ORDER BY model, seed", (recipe,)):
-                yield model, seed, Curves(**json.loads(text))
+                yield model, seed, _curves(text)
 
     def at_epoch(self, recipe: str, epoch: int) -> list[int]:
         """Return the validation samples right after an epoch in all finished runs so far."""
@@ -182,6 +198,25 @@ class Store:
             statement = "SELECT json_extract(curves, ?) FROM runs WHERE recipe = ?"
             found = file.execute(f"{statement} AND status = 'done'", (path, recipe)).fetchall()
         return [value for (value,) in found if value is not None]
+
+
+def _text(curves: Curves) -> str:
+    """Return curves as JSON, which has no nan: a loss of a run that diverged is null."""
+    values = {
+        name: [None if each != each else each for each in value] if type(value) is list else value
+        for name, value in asdict(curves).items()
+    }
+    return json.dumps(values)
+
+
+def _curves(text: str) -> Curves:
+    values: dict[str, Any] = {
+        name: [math.nan if each is None else each for each in value]
+        if type(value) is list
+        else value
+        for name, value in json.loads(text).items()
+    }
+    return Curves(**values)
 
 
 def _lives(process: int) -> bool:

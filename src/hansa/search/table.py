@@ -58,7 +58,8 @@ class Table:
         space: as given, and so are ``recipe``, ``description``, ``rows`` and ``profiles``.
         models: ascending; every array of a column is in this order.
         seeds: as given.
-        devices: names of the devices that models were profiled on.
+        profiled: the devices and batches that latencies are known of.
+        devices: the names among these.
     """
 
     def __init__(
@@ -102,7 +103,8 @@ class Table:
         self._columns["parameters"] = parameters[order].astype(np.float64)
         self._columns["multiply_adds"] = multiply_adds[order].astype(np.float64)
         self._latencies = {key: each[order] for key, each in (latencies or {}).items()}
-        self.devices = sorted({device for device, _ in self._latencies})
+        self.profiled = sorted(self._latencies)
+        self.devices = sorted({device for device, _ in self.profiled})
         self._row = {model: row for row, model in enumerate(self.models.tolist())}
         # Lists answer single questions several times faster than arrays.
         self._lists = {name: each.tolist() for name, each in self._columns.items()}
@@ -110,14 +112,19 @@ class Table:
     @classmethod
     def of_columns(cls, columns: Columns) -> "Table":
         """Return a table of others, of which nothing but the columns is known."""
-        curves = columns.curves
+        validation = columns.curves.get("validation", columns.validation[..., None])
+        test = columns.curves.get("test")
+        if test is None or test.shape != validation.shape:  # known at the best epoch alone
+            test = np.full(validation.shape, np.nan)
+            best = np.nan_to_num(validation, nan=-1.0).argmax(2)[..., None]
+            np.put_along_axis(test, best, columns.test[..., None], axis=2)
         return cls(
             columns.space,
             columns.recipe,
             columns.models,
             columns.seeds,
-            curves.get("validation", columns.validation),
-            curves.get("test", columns.test),
+            validation,
+            test,
             columns.train_seconds,
             columns.parameters,
             columns.multiply_adds,
@@ -273,10 +280,6 @@ class Table:
             raise InputError("column", repr(name), ", ".join(self._by_seed))
         return self._by_seed[name]
 
-    def curves(self, name: str) -> Floats:
-        """Return ``validation_accuracy`` or ``test_accuracy`` by epoch, [n, seeds, epochs]."""
-        return self._curves[name]
-
     @cached_property
     def columns(self) -> Columns:
         """The columns that searches are replayed on."""
@@ -318,7 +321,10 @@ class Table:
         known = self.seeds_of(model)
         if seed not in known:
             raise InputError("seed", seed, f"{', '.join(map(str, known))} of model {model}")
-        return float(values[self.seeds.index(seed)])
+        found = float(values[self.seeds.index(seed)])
+        if epoch is not None and np.isnan(found):
+            raise InputError("epoch", epoch, f"one before seed {seed} was stopped")
+        return found
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -348,6 +354,8 @@ def _latencies(
         if at == len(models) or models[at] != row["model"]:
             continue
         key = label(row), row["batch"]
-        # The least processor time is what repeats where a machine has other work as well.
-        found.setdefault(key, np.full(len(models), np.nan))[at] = row["cpu_min"]
+        # The least processor time is what repeats where a machine has other work as well; that of
+        # several threads is a sum, and no latency.
+        seconds = row["cpu_min"] if row["threads"] == 1 else row["wall_min"]
+        found.setdefault(key, np.full(len(models), np.nan))[at] = seconds
     return found

@@ -52,8 +52,8 @@ def open_table(path: str | Path = SMALL, recipe: str | None = None) -> Table:
     elif place.suffix == ".parquet":
         table = _read(place)
     else:
-        store = Store(place)
-        own = store.recipe(recipe)
+        store = Store(place, read_only=True)
+        own = _checked(store.recipe(recipe), place)
         rows = (Row(*each) for each in store.runs(own.name))
         table = Table.of_rows(own, rows)
     if recipe is not None and table.recipe != recipe:
@@ -88,10 +88,13 @@ def merge(tables: Sequence[Table]) -> Table:
     for table in tables:
         for row in table.rows:
             before = rows.setdefault((row.model, row.seed), row)
-            if before.curves.results != row.curves.results:
+            if str(before.curves.results) != str(row.curves.results):  # nan equals nan
                 found = f"two results of model {row.model} with seed {row.seed}"
                 raise InputError("tables", found, "tables that agree where they overlap")
-        profiles |= {tuple(row[name] for name in KEY): row for row in table.profiles}
+        for profile in table.profiles:
+            key = tuple(profile[name] for name in KEY)
+            if key not in profiles or profile["usable"] or not profiles[key]["usable"]:
+                profiles[key] = profile
     return Table.of_rows(recipe, rows.values(), profiles.values())
 
 
@@ -114,7 +117,11 @@ def write(table: Table, path: str | Path) -> None:
     schema = pa.schema(_FIELDS, metadata={_KEY: json.dumps(values)})
     _write_parquet(pa.table(columns, schema=schema), place)
     if table.profiles:
-        _write_parquet(pa.Table.from_pylist(list(table.profiles)), _beside(place))
+        profiles = pa.Table.from_pylist(list(table.profiles))
+        digest = {_KEY: table.description.digest}
+        _write_parquet(profiles.replace_schema_metadata(digest), _beside(place))
+    else:
+        _beside(place).unlink(missing_ok=True)  # of another table that lay here
 
 
 _COUNTS, _LOSSES = pa.list_(pa.uint16()), pa.list_(pa.float64())
@@ -149,11 +156,25 @@ def _read(path: Path) -> Table:
         rows = [
             Row(each.pop("model"), each.pop("seed"), Curves(**each)) for each in found.to_pylist()
         ]
-        profiles = pq.read_table(_beside(path)).to_pylist() if _beside(path).is_file() else []
+        profiles = []
+        if _beside(path).is_file():
+            beside = pq.read_table(_beside(path))
+            if beside.schema.metadata[_KEY].decode() != recipe.digest:
+                raise InputError(
+                    "table", f"{_beside(path)}, of another recipe", "that of the table"
+                )
+            profiles = beside.to_pylist()
+    except InputError:
+        raise
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError("table", f"{path} ({first_line(error)})", "a table of Hansa's") from error
+    return Table.of_rows(_checked(recipe, path), rows, profiles)
+
+
+def _checked(recipe: Recipe, path: Path) -> Recipe:
+    """Return a recipe, unless it is another of the name of one of Hansa's."""
     known = RECIPES.get(recipe.name)
     if known is not None and known != recipe:
-        found_name = f"{path}, whose {recipe.name} has other values than Hansa's"
-        raise InputError("table", found_name, "a table of the recipe as it is now")
-    return Table.of_rows(recipe, rows, profiles)
+        found = f"{path}, whose {recipe.name} has other values than Hansa's"
+        raise InputError("table", found, "a table of the recipe as it is now")
+    return recipe

@@ -68,7 +68,7 @@ def profile(
     if not listed:
         return []
     bench = Bench(options, listed[0], clock or Clock(), meter, processor().split(":")[-1].strip())
-    found = {row.key: row for row in done}
+    found = {row.key: row for row in done if row.usable or options.force}
     keys = {
         batch: {each.number: bench.key(each, batch) for each in listed} for batch in bench.batches
     }

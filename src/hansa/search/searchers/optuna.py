@@ -1,5 +1,7 @@
 """Optuna as a searcher: its samplers, and its storage, by which several machines share a study."""
 
+import os
+import platform
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -41,7 +43,9 @@ class _StudySearch(Search):
             ) from error
         self._optuna = optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        draws = derive(seed, "optuna") % 2**32
+        # Machines that share a study and begin at once must not all try the same.
+        whose = f"{platform.node()}:{os.getpid()}" if options.storage else ""
+        draws = derive(seed, "optuna", whose) % 2**32
         makers: dict[str, Any] = {
             "tpe": lambda: optuna.samplers.TPESampler(seed=draws),
             "random": lambda: optuna.samplers.RandomSampler(seed=draws),
