@@ -14,7 +14,7 @@ from rich.table import Table
 
 from hansa import cli_safeguard
 from hansa.cli_audit import app as audit_app
-from hansa.cli_parts import Json
+from hansa.cli_parts import Json, follow
 from hansa.cli_parts import progress as _progress
 from hansa.cli_parts import told as _told
 from hansa.cli_search import app as search_app
@@ -79,11 +79,7 @@ def prune(
     given = {"method": method or None, "density": density, "iterations": iterations}
     changes = [f"pruning.{key}={value}" for key, value in given.items() if value is not None]
     with _progress("iteration") as progress:
-        task = progress.add_task("pruning", total=None, note="")
-
-        def watch(number: int, total: int) -> None:
-            progress.update(task, completed=number, total=total)
-
+        watch = follow(progress, "pruning")
         made = run_pruning(
             source, overrides=[*changes, *(set_ or ())], structured=structured, out=out, watch=watch
         )

@@ -1,7 +1,7 @@
 """What commands of the command line share."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -58,6 +58,24 @@ def progress(unit: str = "round") -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+def follow(shown: Progress, what: str) -> Callable[[int, int], None]:
+    """Return what a function tells how much is done, and of how much, shown on one line."""
+    task = shown.add_task(what, total=None, note="")
+    return lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def follow_all(shown: Progress) -> Callable[[str, int, int], None]:
+    """Return the same for a function that does several things, each shown on a line of its own."""
+    tasks: dict[str, Callable[[int, int], None]] = {}
+
+    def watch(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = follow(shown, what)
+        tasks[what](done, total)
+
+    return watch
 
 
 @contextmanager

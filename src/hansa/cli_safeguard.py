@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hansa.cli_parts import Json, progress, told
+from hansa.cli_parts import Json, follow_all, progress, told
 
 
 def safeguard(
@@ -25,14 +25,7 @@ def safeguard(
     from hansa.safeguarding import safeguard as run_safeguard
 
     with progress("step") as shown, told(shown):
-        tasks: dict[str, Any] = {}
-
-        def watch(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total, note="")
-            shown.update(tasks[what], completed=done)
-
-        made = run_safeguard(config, overrides=set_ or (), out=out, watch=watch)
+        made = run_safeguard(config, overrides=set_ or (), out=out, watch=follow_all(shown))
     places = {"bundle": str(made.path / "bundle"), "report": str(made.report)}
     if json_:
         print(json.dumps({**made.summary, **places}))

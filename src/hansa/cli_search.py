@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hansa.cli_parts import Json, WithDefault, progress, told
+from hansa.cli_parts import Json, WithDefault, follow, follow_all, progress, told
 
 app = typer.Typer(
     cls=WithDefault,
@@ -49,14 +49,7 @@ def run(
     if storage:
         changes += ["searcher=optuna", f"options.storage={storage}"]
     with progress("step") as shown, told(shown):
-        tasks: dict[str, Any] = {}
-
-        def watch(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total, note="")
-            shown.update(tasks[what], completed=done, total=total)
-
-        made = search(config, overrides=changes, out=out, watch=watch)
+        made = search(config, overrides=changes, out=out, watch=follow_all(shown))
     places = {"bundle": str(made.bundle) if made.bundle else None, "report": str(made.report)}
     if json_:
         kept = {k: v for k, v in made.summary.items() if k not in ("answers", "all")}
@@ -108,19 +101,15 @@ def generate(
 
     own = recipe_of(recipe)
     with progress("run") as shown:
-        task = shown.add_task("training", total=None, note="")
-
-        def watch(done: int, total: int) -> None:
-            shown.update(task, completed=done, total=total)
-
         chosen = choose(models)
         jobs = [(int(model), seed) for seed in range(seeds) for model in chosen]
-        more = {"data": data, "workers": workers, "keep": keep, "watch": watch}
-        make(path, own, jobs, **more)  # type: ignore[arg-type]
+        more: dict[str, Any] = {"data": data, "workers": workers, "keep": keep}
+        more["watch"] = follow(shown, "training")
+        make(path, own, jobs, **more)
         if top:
             best = promoted(Store(path), own, top, jobs)
             jobs = [(model, seed) for seed in range(seeds, top_seeds) for model in best]
-            make(path, own, jobs, **more)  # type: ignore[arg-type]
+            make(path, own, jobs, **more)
     done, total = Store(path).progress(recipe)
     _say({"table": str(path), "recipe": recipe, "done": done, "runs": total}, json_)
 
@@ -146,18 +135,13 @@ def profile(
     from hansa.search.profiled import profile_table
 
     with progress("latency") as shown:
-        task = shown.add_task("profiling", total=None, note="")
-
-        def watch(done: int, total: int) -> None:
-            shown.update(task, completed=done, total=total)
-
         options = {"device": device, "backend": backend, "threads": threads, "force": force}
         rows = profile_table(
             table,
             out,
             models=models,
             options={**options, **({"batches": batch} if batch else {})},
-            watch=watch,
+            watch=follow(shown, "profiling"),
         )
     told_ = {"table": str(out), "latencies": len(rows), "device": rows[0].device}
     _say({**told_, "usable": sum(row.usable for row in rows)}, json_)

@@ -346,8 +346,14 @@ def _check_texts(value: Any, key: str) -> None:
 def explain(
     error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], prefix: str = ""
 ) -> InputError:
-    """Return the first thing that is wrong as an error that names key, find and remedy."""
+    """Return the first thing that is wrong as an error that names key, find and remedy.
+
+    A validator of a whole configuration, whose errors pydantic puts nowhere, may raise an
+    ``InputError`` of its own, which is returned.
+    """
     details = error.errors(include_url=False)[0]
+    if isinstance(own := details.get("ctx", {}).get("error"), InputError):
+        return own
     # A union puts the tag it chose into the path; a user knows only what stands in the file.
     path: list[str] = []
     place: Any = values

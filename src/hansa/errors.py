@@ -1,5 +1,10 @@
 """The error a user can mend: which key or file, what was found there, what is allowed."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
 
 class InputError(ValueError):
     """Input that Hansa refuses.
@@ -22,3 +27,11 @@ class InputError(ValueError):
 def first_line(error: Exception) -> str:
     """Return an error's first line, which may stand in a sentence; its kind where it has none."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def options_told(error: "ValidationError", name: str, kind: "type[BaseModel]") -> str:
+    """Return in words which options something of a name has, and what is wrong with one of them."""
+    wrong = error.errors(include_url=False)[0]
+    key = ".".join(map(str, wrong["loc"]))
+    known = ", ".join(kind.model_fields) or "none"
+    return f"options of {name} ({known}), but {key}: {wrong['msg']}"

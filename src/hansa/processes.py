@@ -62,14 +62,21 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Hold PyTorch to one thread, on whose number the rounding of a sum may depend."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(num: int) -> Iterator[None]:
+    """Hold PyTorch to so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Hold PyTorch to one thread, on whose number the rounding of a sum may depend."""
+    with threads(1):
+        yield
 
 
 def processor() -> str:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import tomli_w
 from pydantic import ValidationError
-from scipy.stats import spearmanr
 
 from hansa import bundle
 from hansa.config import explain, values_of
@@ -31,6 +30,7 @@ from hansa.search.federated import Group, groups
 from hansa.search.loop import Answer, answered, best_of, incumbents, looked_up, pursue
 from hansa.search.options import SearchOptions
 from hansa.search.priors import PRIORS, prior_of
+from hansa.search.profile import rank_correlation
 from hansa.search.proxies import proxy
 from hansa.search.recipes import RECIPES, Recipe, Splits, open_data, recipe_of
 from hansa.search.searchers import SEARCHERS, Optuna, Searcher
@@ -156,13 +156,7 @@ class _Stage:
             raise InputError(
                 "limits.latency", f"{limits.latency} ms without a table", "a table with latencies"
             )
-        kept = np.ones(NUM_MODELS, dtype=bool)
-        for name, values in self.costs.items():
-            if (most := getattr(limits, name)) is not None:
-                kept &= values <= most
-                if not kept.any():
-                    raise InputError(f"limits.{name}", most, f"at least {values.min():,}")
-        return kept
+        return limits.within(self.costs)
 
     @cached_property
     def costs(self) -> dict[str, Floats]:
@@ -399,7 +393,7 @@ class _Stage:
         for name in self.options.proxies:
             scores = self._scored(name, models, "proxies")
             told[name] = {
-                part: float(spearmanr(scores, table.column(f"{part}_accuracy")[rows]).statistic)
+                part: rank_correlation(scores, table.column(f"{part}_accuracy")[rows])
                 for part in ("validation", "test")
             }
         return {"models": len(models), "correlations": told}
@@ -417,11 +411,10 @@ class _Stage:
             curves = train_model(module, recipe, self.splits, seed)
             metrics["test_accuracy"] = curves.test_correct[-1] / recipe.test
             self.watch("training what was found", 1, 1)
-        weights = {name: value.contiguous() for name, value in module.state_dict().items()}
         bundle.write(
             self.path / "bundle",
             stage="search",
-            weights=weights,
+            weights=module.state_dict(),
             architecture=recipe.architecture(best.model).model_dump(mode="json", exclude_none=True),
             config=self.options.model_dump(mode="json", exclude_none=True, exclude={"output"}),
             seed=seed,

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hansa.errors import InputError
 from hansa.models import blox_space as space
 from hansa.models.blox import Blox, BloxCell
+from hansa.search.spaces import BLOX
 
 _README = [[[0], [1, 1, 1, 1]], [[1], [1, 1, 0, 0]], [[0], [0, 1, 1, 0]]]
 _CODES = [
@@ -137,7 +138,7 @@ def test_there_are_729_cost_classes() -> None:
 
 def test_neighbours_differ_in_one_cell() -> None:
     number = space.id_of(_README)
-    found = space.neighbours(number)
+    found = BLOX.neighbours(number)
     assert len(set(found.tolist())) == 132
     assert ((space.split(found) != space.cells_of(number)).sum(1) == 1).all()
 

@@ -200,9 +200,9 @@ def test_a_federation_trains_the_model_that_its_clients_were_given(tmp_path) -> 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"searcher": "guess"}, "searcher 'guess' is none of"),
-        ({"proxies": ["magic"]}, "magic"),
-        ({"prior": "hope"}, "hope"),
+        ({"searcher": "guess"}, "^searcher: found 'guess'; allowed: random, "),
+        ({"proxies": ["magic"]}, "^proxies: found 'magic'"),
+        ({"prior": "hope"}, "^prior: found 'hope'"),
         ({"limits": {"parameters": 1}}, r"limits\.parameters"),
         ({"limits": {"latency": 1.0}}, "profile first"),
         ({"by": "training", "table": None}, "recipe"),
@@ -211,7 +211,7 @@ def test_a_federation_trains_the_model_that_its_clients_were_given(tmp_path) -> 
         ({"clients": {"train": "no.toml", "limits": {"one": {}}}}, r"no\.toml"),
         ({"table": "missing.parquet"}, "no file"),
         ({"budget": 0}, "budget"),
-        ({"options": {"colour": 1}}, "colour"),
+        ({"options": {"colour": 1}}, "^options: .*colour"),
         ({"clients": {"limits": {"one": {"parameters": 1}}}}, r"clients\.limits\.one"),
     ],
 )

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from hansa.audit.domains import DOMAINS
 from hansa.audit.manipulate import Arm, all_arms
 from hansa.audit.tamper import Operator
+from hansa.errors import InputError
 
 DEFENCES = (
     "none",
@@ -135,6 +136,13 @@ class AuditOptions(_Section):
             if any(part not in DEFENCES for part in parts) or ("none" in parts and len(parts) > 1):
                 raise ValueError(f"{', '.join(DEFENCES)}, or several joined by +")
         return tuple(dict.fromkeys(("none", *value)))
+
+    @model_validator(mode="after")
+    def _gate_is_there(self) -> "AuditOptions":
+        if self.gated not in self.defences:
+            allowed = f"one of defences ({', '.join(self.defences)})"
+            raise InputError("gate.defence", repr(self.gated), allowed)
+        return self
 
     @property
     def chosen(self) -> tuple[Arm, ...]:

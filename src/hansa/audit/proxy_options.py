@@ -4,9 +4,9 @@ import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
-from urllib.parse import urlsplit
 
 from hansa.audit.redact import Redactor
+from hansa.audit.urls import web_url
 from hansa.errors import InputError
 
 Over = Literal["pass", "refuse"]
@@ -81,14 +81,10 @@ def upstream_of(url: str, hosts: Sequence[str] = ()) -> Upstream:
     Raises:
         InputError: a URL that is none, or holds more than a place; a host that is not listed.
     """
-    try:
-        parts = urlsplit(url)
-        scheme, host, port = parts.scheme, parts.hostname or "", parts.port
-        is_url = scheme in ("http", "https") and bool(host)
-    except ValueError:
-        is_url = False
-    if not is_url:
+    parts = web_url(url)
+    if parts is None:
         raise InputError("--upstream", repr(Redactor().text(url)), "http:// or https:// and a host")
+    scheme, host, port = parts.scheme, parts.hostname or "", parts.port
     if parts.username is not None or parts.query or parts.fragment:
         found = f"{host} with a user, a query or a fragment"
         raise InputError("--upstream", found, "a base URL alone; the application adds the rest")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult
 
 from hansa.audit.cases import Case
 from hansa.audit.paths import exists, look
@@ -24,6 +24,7 @@ from hansa.audit.prompts import Prompt
 from hansa.audit.redact import Redactor
 from hansa.audit.signing import Received
 from hansa.audit.tamper import decoded
+from hansa.audit.urls import web_url
 from hansa.errors import InputError
 
 MARK = "x-hansa-calibration"
@@ -179,12 +180,8 @@ class Endpoint:
             return list(pool.map(self._ask, [each.prompt for each in asked]))
 
     def _parts(self, url: str) -> SplitResult:
-        try:
-            parts = urlsplit(url)
-            is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
-            is_url = False
-        if not is_url:
+        parts = web_url(url)
+        if parts is None or parts.port == 0:
             raise InputError("target.url", repr(self._redactor.text(url)), "http:// or https://")
         if parts.username is not None:
             allowed = "a URL without them; key_variable or headers say who asks"

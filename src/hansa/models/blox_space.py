@@ -164,15 +164,6 @@ def split(models: Iterable[int] | Ints) -> Ints:
     )
 
 
-def neighbours(model: int) -> Ints:
-    """Return the 132 models that differ from one in exactly one cell, int64 [132]."""
-    found = []
-    for stage, own in enumerate(cells_of(model)):
-        weight = NUM_CELLS ** (NUM_STAGES - 1 - stage)
-        found += [model + (other - own) * weight for other in range(NUM_CELLS) if other != own]
-    return np.array(found)
-
-
 def parameters(
     models: Iterable[int] | Ints, width: int = 32, classes: int = 100, channels: int = 3
 ) -> Ints:

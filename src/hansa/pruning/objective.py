@@ -1,7 +1,6 @@
 """A model's loss as a function of its parameters, with gradients and Hessian-vector products."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -13,7 +12,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
 
 from hansa.errors import InputError
+from hansa.models.derivatives import derivatives
 from hansa.models.masks import tied_parameters
+from hansa.models.modes import in_mode
 from hansa.models.task import Tensors
 from hansa.seeding import global_stream
 
@@ -141,7 +142,7 @@ class Objective:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         # Of attention only the plain form can be differentiated twice.
         with (
-            _training(self.model),
+            in_mode(self.model, training=True),
             global_stream(self._seed, "pruning", step),
             sdpa_kernel(SDPBackend.MATH),
         ):
@@ -200,24 +201,3 @@ def mean(parts: Iterator[tuple[Tensors, int]]) -> dict[str, torch.Tensor]:
     if count == first_samples:  # nothing is rounded where there is nothing to average
         return dict(first)
     return {name: tensor / count for name, tensor in total.items()}
-
-
-def derivatives(
-    value: torch.Tensor, leaves: list[torch.Tensor], create_graph: bool = False
-) -> tuple[torch.Tensor, ...]:
-    """Return the derivative by each leaf, zero where it has no part in the value."""
-    return torch.autograd.grad(
-        value, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Put a model into training mode and back."""
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

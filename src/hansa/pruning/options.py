@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hansa.errors import options_told
 from hansa.pruning.find import SCORERS
 from hansa.pruning.scorer import Scorer
 from hansa.pruning.select import Scope
@@ -40,12 +41,8 @@ class PruningOptions(BaseModel):
         try:
             _ = self.scorer
         except ValidationError as error:
-            wrong = error.errors(include_url=False)[0]
-            key = ".".join(map(str, wrong["loc"]))
-            known = ", ".join(SCORERS[self.method].model_fields) or "none"
-            raise ValueError(
-                f"options of {self.method} ({known}), but {key}: {wrong['msg']}"
-            ) from error
+            told = options_told(error, self.method, SCORERS[self.method])
+            raise ValueError(told) from error
         return self
 
     @property

@@ -13,8 +13,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from hansa.models.derivatives import derivatives
 from hansa.models.task import Tensors
-from hansa.pruning.objective import Batch, Objective, derivatives
+from hansa.pruning.objective import Batch, Objective
 from hansa.pruning.scorer import GradientScorer
 
 

@@ -9,8 +9,9 @@ from pydantic import Field
 from torch.func import functional_call
 
 from hansa.errors import InputError
+from hansa.models.derivatives import derivatives
 from hansa.models.task import Tensors
-from hansa.pruning.objective import Batch, Objective, derivatives, mean
+from hansa.pruning.objective import Batch, Objective, mean
 from hansa.pruning.scorer import GradientScorer, Scorer
 from hansa.seeding import generator
 

@@ -29,7 +29,7 @@ from hansa.models.blox_space import NUM_CELLS, NUM_STAGES, cells_of, id_of_cells
 from hansa.models.images import NORMS
 from hansa.models.task import Tensors
 from hansa.search.distillation import BLOCK_LOSSES
-from hansa.search.select import Floats
+from hansa.search.spaces import Floats
 
 FORMAT, ABOUT, TEACHER = 1, "blocks.json", "teacher.safetensors"
 ALL = tuple((stage, cell) for stage in range(NUM_STAGES) for cell in range(NUM_CELLS))

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from hansa.bundle import digest
 from hansa.errors import InputError
 from hansa.files import write_atomic
 from hansa.models.blox import Blox, BloxStage
@@ -202,8 +203,8 @@ def _claim(
         "shape": shape_of(teacher),
         "model": teacher.number,
         "teacher": hashlib.sha256(data).hexdigest(),
-        "train": _digest(train),
-        "validation": _digest(validation),
+        "train": digest({"inputs": train}),
+        "validation": digest({"inputs": validation}),
     }
     if (folder / ABOUT).is_file():
         found = read_blocks(folder).about
@@ -215,8 +216,3 @@ def _claim(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / TEACHER, data)
     write_atomic(folder / ABOUT, json.dumps(about, indent=2))
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    shape = json.dumps(list(tensor.shape)).encode()
-    return hashlib.sha256(shape + tensor.contiguous().numpy().tobytes()).hexdigest()

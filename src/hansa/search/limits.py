@@ -1,13 +1,14 @@
 """Limits that a model must keep: parameters, multiply-adds, latency on a named device."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from hansa.errors import InputError
-from hansa.search.spaces import Bools, Ints
-from hansa.search.table import Table
+from hansa.search.spaces import Bools, Floats, Ints
+from hansa.search.table import COSTS, Table
 
 
 class Limits(BaseModel):
@@ -34,16 +35,28 @@ class Limits(BaseModel):
         Raises:
             InputError: an unknown device, or limits that no model keeps, with the least there is.
         """
-        kept = table.column("parameters") > 0
-        for name in ("parameters", "multiply_adds"):
-            if (most := getattr(self, name)) is not None:
-                kept &= table.column(name) <= most
-                _check(kept.any(), f"limits.{name}", most, f"{table.column(name).min():,.0f}")
+        kept = self.within({name: table.column(name) for name in COSTS})
         if self.latency is not None:
             found = 1000 * table.latencies(self.device_of(table), self.batch)
             kept &= found <= self.latency
             least = f"{found[found == found].min():.3g} ms"
             _check(kept.any(), "limits.latency", f"{self.latency} ms", least)
+        return kept
+
+    def within(self, costs: Mapping[str, Floats]) -> Bools:
+        """Return which models keep the limits of parameters and multiply-adds, bool [n].
+
+        Args:
+            costs: both by name, float64 [n].
+
+        Raises:
+            InputError: no model does, with the least there is.
+        """
+        kept = np.ones(len(costs[COSTS[0]]), dtype=bool)
+        for name in COSTS:
+            if (most := getattr(self, name)) is not None:
+                kept &= costs[name] <= most
+                _check(kept.any(), f"limits.{name}", most, f"{costs[name].min():,.0f}")
         return kept
 
     def device_of(self, table: Table) -> str:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hansa.errors import InputError, options_told
 from hansa.search.limits import Limits
 from hansa.search.priors import PRIORS, PriorOptions
 from hansa.search.proxies import PROXIES
@@ -69,20 +70,16 @@ class SearchOptions(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> "SearchOptions":
         if self.searcher not in SEARCHERS:
-            raise ValueError(f"searcher {self.searcher!r} is none of {', '.join(SEARCHERS)}")
+            raise InputError("searcher", repr(self.searcher), ", ".join(SEARCHERS))
         if unknown := [name for name in self.proxies if name not in PROXIES]:
-            raise ValueError(f"proxy {unknown[0]!r} is none of {', '.join(PROXIES)}")
+            raise InputError("proxies", repr(unknown[0]), ", ".join(PROXIES))
         if self.prior is not None and self.prior not in (*PROXIES, *PRIORS):
-            known = ", ".join((*PROXIES, *PRIORS))
-            raise ValueError(f"prior {self.prior!r} is none of {known}")
+            raise InputError("prior", repr(self.prior), ", ".join((*PROXIES, *PRIORS)))
         try:
             _ = self.chosen
         except ValidationError as error:
-            wrong = error.errors(include_url=False)[0]
-            key = ".".join(map(str, wrong["loc"]))
-            known = ", ".join(SEARCHERS[self.searcher].model_fields) or "none"
-            told = f"options of {self.searcher} ({known}), but {key}: {wrong['msg']}"
-            raise ValueError(told) from error
+            told = options_told(error, self.searcher, SEARCHERS[self.searcher])
+            raise InputError("options", "values that do not go together", told) from error
         return self
 
     @property

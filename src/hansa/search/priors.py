@@ -132,7 +132,6 @@ def _teacher(
         watch("training the teacher", 0, 1)
         train_model(made, recipe, splits, seed)
         made.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        weights = {name: value.contiguous() for name, value in made.state_dict().items()}
-        write_atomic(path, safetensors.torch.save(weights, metadata=about))
+        write_atomic(path, safetensors.torch.save(made.state_dict(), metadata=about))
         watch("training the teacher", 1, 1)
     return made.eval()

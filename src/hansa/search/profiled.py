@@ -46,13 +46,13 @@ def profile_table(
         wrong = error.errors(include_url=False)[0]
         key = ".".join(map(str, wrong["loc"]))
         raise InputError(f"--{key}", wrong["input"], wrong["msg"]) from error
-    table = open_table(source)
+    table = given = open_table(source)
     recipe = table.description
     if recipe is None:
         raise InputError("table", table.recipe, "a table of models that are here")
     if Path(out).is_file():
-        table = merge([open_table(out, recipe.name), table])
-    numbers = (choose(models) if models else open_table(source).models).tolist()
+        table = merge([open_table(out, recipe.name), given])
+    numbers = (choose(models) if models else given.models).tolist()
     for number in numbers:
         table.row(number)
     rows = {_key(row): row for row in table.profiles}

@@ -11,7 +11,8 @@ import numpy as np
 
 from hansa.errors import InputError
 from hansa.models.blox_space import Ints
-from hansa.search.select import Floats, totals
+from hansa.search.select import totals
+from hansa.search.spaces import Floats
 
 
 def dna(losses: Floats) -> Floats:

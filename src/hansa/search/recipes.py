@@ -20,6 +20,7 @@ from hansa.data.sources import SourceOptions, load
 from hansa.errors import InputError
 from hansa.models.build import Architecture, build
 from hansa.search.gratings import PAIRS, gratings
+from hansa.seeding import derive
 
 Part = tuple[torch.Tensor, torch.Tensor]
 
@@ -70,8 +71,6 @@ class Recipe(BaseModel):
 
     def build(self, model: int, seed: int) -> nn.Module:
         """Return a model with initial values drawn from a seed and its number."""
-        from hansa.seeding import derive
-
         return build(self.architecture(model), seed=derive(seed, "blox", int(model)))
 
 

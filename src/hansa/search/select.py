@@ -5,15 +5,11 @@ A space has few enough models that all can be looked at: no integer program is n
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from hansa.errors import InputError
-from hansa.models.blox_space import Ints
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-Bools = np.ndarray[Any, np.dtype[np.bool_]]
+from hansa.search.spaces import Bools, Floats, Ints
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import numpy as np
 
 from hansa.errors import InputError
 from hansa.models.blox_space import CELLS, NUM_CELLS, NUM_STAGES, WIRINGS
+from hansa.models.blox_space import Ints as Ints
 
-Ints = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Singles = np.ndarray[Any, np.dtype[np.float32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]

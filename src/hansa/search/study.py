@@ -13,8 +13,10 @@ from hansa.models.blox_space import NUM_CELLS, NUM_STAGES
 from hansa.search.blocks import assemble
 from hansa.search.blockwise import BlockFitting, Watch, train_blocks
 from hansa.search.fitting import Fitting
+from hansa.search.profile import rank_correlation
 from hansa.search.rankings import dna, donna, lana
 from hansa.search.select import Cap, allowed, top
+from hansa.search.spaces import Floats
 from hansa.search.teacher import features
 from hansa.search.tuning import Samples, fine_tune, scores_of, swap_accuracies
 from hansa.seeding import numpy_generator
@@ -129,10 +131,6 @@ def blockwise_study(
     }
 
 
-def _spearman(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> float:
-    """Return the rank correlation, with mean ranks for equal values; 0 where all are equal."""
-    ranks = []
-    for each in (first, second):
-        below = (each[:, None] > each[None]).sum(1)
-        ranks.append(below + ((each[:, None] == each[None]).sum(1) - 1) / 2)
-    return float(np.corrcoef(*ranks)[0, 1]) if all(np.ptp(rank) for rank in ranks) else 0.0
+def _spearman(first: Floats, second: Floats) -> float:
+    """Return the rank correlation, 0 where all values of one are equal."""
+    return float(np.nan_to_num(rank_correlation(first, second)))

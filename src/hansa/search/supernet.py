@@ -26,7 +26,8 @@ from hansa.models.blox import Blox, BloxCell
 from hansa.models.blox_space import CELLS, NUM_CELLS, NUM_STAGES, OPERATIONS, id_of_cells
 from hansa.models.images import NORMS, Norm
 from hansa.processes import one_thread
-from hansa.search.select import Floats, totals
+from hansa.search.select import totals
+from hansa.search.spaces import Floats
 from hansa.seeding import generator, global_stream
 
 NUM_OPERATIONS = len(OPERATIONS)

@@ -17,6 +17,7 @@ from hansa.models.blox_space import multiply_adds as multiply_adds_of
 from hansa.models.blox_space import parameters as parameters_of
 from hansa.search.columns import Columns
 from hansa.search.recipes import Recipe
+from hansa.search.select import pareto
 from hansa.search.spaces import BLOX, Bools, Floats, Ints, Space
 from hansa.search.training import Curves
 
@@ -298,10 +299,7 @@ class Table:
     def front(self, cost: Floats, quality: Floats, feasible: Bools | None = None) -> Ints:
         """Return the rows that none beats in both cost and quality, cheapest first, int64 [m]."""
         rows = np.flatnonzero(np.ones(len(self), bool) if feasible is None else feasible)
-        ordered = rows[np.lexsort((-quality[rows], cost[rows]))]
-        best = np.maximum.accumulate(quality[ordered])
-        is_new = np.concatenate([[True], quality[ordered][1:] > best[:-1]])
-        found: Ints = ordered[is_new]
+        found: Ints = rows[pareto(quality[rows], cost[rows])]
         return found
 
     def _ask(self, name: str, model: int, seed: int | None, epoch: int | None) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 
 from hansa.errors import InputError
 from hansa.models.blox import Blox
+from hansa.models.modes import in_mode
 from hansa.search.distillation import channel_variance
 
 _BATCH = 256
@@ -48,14 +49,8 @@ class Features:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Hold a module in evaluation mode and without gradients inside the block."""
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for each, mode in modes.items():
-            each.training = mode
+    with in_mode(module, training=False), torch.no_grad():
+        yield
 
 
 def features(teacher: Blox, inputs: torch.Tensor, folder: Path | None = None) -> Features:

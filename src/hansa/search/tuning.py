@@ -12,7 +12,7 @@ from hansa.processes import one_thread
 from hansa.search.blocks import ALL, Blocks
 from hansa.search.distillation import distillation_loss
 from hansa.search.fitting import Fitted, Fitting, fit
-from hansa.search.select import Floats
+from hansa.search.spaces import Floats
 from hansa.search.teacher import Features, evaluating, logits_after
 
 Samples = tuple[torch.Tensor, torch.Tensor]

@@ -6,13 +6,12 @@ its models alike. The least processor time is what repeats on a machine with oth
 clock is kept beside it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
-from hansa.processes import processor
+from hansa.processes import processor, threads
 from hansa.search.profile.energy import Meter
 from hansa.search.profile.latency import KEY, Latency, agreement, difference
 from hansa.search.profile.options import ProfileOptions, default_device
@@ -87,20 +86,10 @@ def profile(
         for first in range(0, len(missing), options.window):
             window = missing[first : first + options.window]
             earlier = [found[key] for key in by_number.values() if key in found]
-            with _threads(options.threads):
+            with threads(options.threads):
                 rows = bench.measure(window, inputs, earlier)
             found.update((row.key, row) for row in rows)
             if keep is not None:
                 keep(rows)
             tell()
     return [found[key] for each in keys.values() for key in each.values()]
-
-
-@contextmanager
-def _threads(num: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -2,16 +2,16 @@
 
 import gc
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import ConstantInputWarning, spearmanr
 
+from hansa.search.spaces import Floats
 from hansa.seeding import numpy_generator
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 Runner = Callable[[], object]
 """Runs one model once on inputs it holds."""
 
@@ -87,7 +87,6 @@ def take_turns(
 
 def rank_correlation(first: Sequence[float] | Floats, second: Sequence[float] | Floats) -> float:
     """Return Spearman's correlation, ties at their mean rank; nan where all values are equal."""
-    ranks = np.stack([rankdata(first), rankdata(second)])
-    ranks = ranks - ranks.mean(1, keepdims=True)
-    scale = np.sqrt((ranks**2).sum(1).prod())
-    return float((ranks[0] * ranks[1]).sum() / scale) if scale > 0 else float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        return float(spearmanr(first, second).statistic)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hansa.errors import InputError
+from hansa.models.derivatives import derivatives
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -45,11 +46,9 @@ def grasp(module: nn.Module, batches: Sequence[Batch]) -> float:
     total, count = 0.0, _count(batches)
     for inputs, labels in batches:
         loss = F.cross_entropy(module(inputs), labels)
-        first = torch.autograd.grad(
-            loss, chosen, create_graph=True, allow_unused=True, materialize_grads=True
-        )
+        first = derivatives(loss, chosen, create_graph=True)
         slope = torch.stack([(g * v).sum() for g, v in zip(first, vector, strict=True)]).sum()
-        product = _derivatives(slope, chosen) if slope.requires_grad else vector
+        product = derivatives(slope, chosen) if slope.requires_grad else vector
         share = len(labels) / count
         for weight, each in zip(chosen, product, strict=True):
             total -= share * (weight.detach() * each).sum().item()
@@ -74,7 +73,7 @@ def fisher(module: nn.Module, batches: Sequence[Batch]) -> float:
     for inputs, labels in batches:
         outputs.clear()
         loss = F.cross_entropy(module(inputs), labels)
-        slopes = _derivatives(loss, outputs)
+        slopes = derivatives(loss, outputs)
         for output, slope in zip(outputs, slopes, strict=True):
             by_channel = (output.detach() * slope).flatten(2 if output.dim() > 2 else 1)
             if output.dim() > 2:
@@ -112,17 +111,12 @@ def _count(batches: Sequence[Batch]) -> int:
     return sum(len(labels) for _, labels in batches)
 
 
-def _derivatives(value: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the derivative by each leaf, zero where it has no part in the value."""
-    return list(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))
-
-
 def _gradient(module: nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor]:
     """Return the mean gradient by the weights of layers."""
     chosen, count = weights(module), _count(batches)
     total = [torch.zeros_like(weight) for weight in chosen]
     for inputs, labels in batches:
-        found = _derivatives(F.cross_entropy(module(inputs), labels), chosen)
+        found = derivatives(F.cross_entropy(module(inputs), labels), chosen)
         for sum_, gradient in zip(total, found, strict=True):
             sum_.add_(gradient, alpha=len(labels) / count)
     return [each.detach() for each in total]

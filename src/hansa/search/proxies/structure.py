@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from hansa.models.derivatives import derivatives
 from hansa.search.proxies.gradients import Batch, layers, weights
 
 
@@ -26,8 +27,7 @@ def synflow(module: nn.Module, batches: Sequence[Batch]) -> float:
             each.register_forward_hook(lambda _, inputs, __: inputs[0])
     ones = torch.ones_like(batches[0][0][:1], dtype=torch.float64)
     chosen = weights(own)
-    found = torch.autograd.grad(own(ones).sum(), chosen, allow_unused=True, materialize_grads=True)
-    pairs = zip(chosen, found, strict=True)
+    pairs = zip(chosen, derivatives(own(ones).sum(), chosen), strict=True)
     total = sum((weight.detach() * slope).abs().sum().item() for weight, slope in pairs)
     return math.log(total) if total > 0 else -math.inf
 

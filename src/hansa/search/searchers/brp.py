@@ -7,8 +7,6 @@ in both orders, is h(a) - h(b) for one number h: sorting by pairs is sorting by 
 """
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
+from hansa.processes import one_thread
 from hansa.search.searchers.base import Search
 from hansa.search.searchers.rounds import Rounds, RoundsSearcher
 from hansa.search.spaces import Floats, Ints, Space
@@ -24,17 +23,6 @@ from hansa.seeding import global_stream
 
 _CHUNK = 4096
 """Models that are embedded at once."""
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Hold PyTorch to one thread: for tensors this small more of them only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class PairPredictor(nn.Module):
@@ -102,7 +90,7 @@ class _Brp(Rounds):
         return mixing / mixing.sum(-1, keepdim=True), torch.from_numpy(features)
 
     def predict(self, round_number: int) -> Floats:
-        with _one_thread():
+        with one_thread():  # more of them only wait for each other over tensors this small
             with global_stream(self._seed, "brp", round_number):
                 predictor = self._fit(round_number)
             return self._order(predictor.eval())

@@ -1,6 +1,5 @@
 """Largest first: the order of a cost, such as multiply-adds, that is known without training."""
 
-from collections import deque
 from typing import ClassVar
 
 from hansa.errors import InputError
@@ -9,10 +8,6 @@ from hansa.search.spaces import Floats, Ints, Space
 
 
 class _ByCost(Search):
-    def __init__(self, space: Space, candidates: Ints, seed: int, prior: Floats) -> None:
-        super().__init__(space, candidates, seed, prior, num_warm=0)
-        self._first = deque(self.by_prior().tolist())
-
     def propose(self) -> int:
         return self.random()  # the order holds every candidate: never reached
 
@@ -37,4 +32,4 @@ class ByCost(Searcher):
         """
         if prior is None:
             raise InputError("prior", "none", "a cost of every candidate, such as multiply-adds")
-        return _ByCost(space, candidates, seed, prior)
+        return _ByCost(space, candidates, seed, prior, num_warm=len(candidates))

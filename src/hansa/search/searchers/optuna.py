@@ -88,8 +88,7 @@ class _StudySearch(Search):
             choices = self.space.split(self.candidates[[position]])[0].tolist()
             self._study.enqueue_trial(dict(zip(self._slots, choices, strict=True)))
             trial = self._study.ask(self._slots)
-            if self._position(trial) != position:  # somebody else's, from the shared queue
-                position = self._position(trial)
+            position = self._position(trial)  # or somebody else's, from the shared queue
         if not self._may_ask(position):
             self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
             return self.random()
