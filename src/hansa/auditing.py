@@ -25,6 +25,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
+from hansa import bundle
 from hansa.audit.application import Service
 from hansa.audit.domains import Domain, domain
 from hansa.audit.gate import check_baseline, gate
@@ -49,6 +50,9 @@ Watch = Callable[[str, int, int], None]
 _log = logging.getLogger("hansa")
 _OWN = {".lock", "config.toml", "results.jsonl", "reader", "audit.json"}
 _OWN |= {"report.html", "report.md", "report.xml"}
+
+_TOLD = ("domains", "seed", "cases", "valid", "clean_accuracy", "noise_floor", "verdict", "why")
+"""What of an audit stands in a bundle's card; not how long its defences took."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,26 @@ def audit(
             return _reported(options, summary, path, redactor, max_adopted, before)
     finally:
         _log.removeFilter(hide)
+
+
+def with_audit(path: str | Path, summary: Mapping[str, Any], out: str | Path) -> Path:
+    """Write the bundle that was audited again, with what was found in its card.
+
+    Args:
+        path: folder of the bundle, which becomes the new one's parent.
+        summary: what the audit of it found.
+        out: the folder to make.
+
+    Raises:
+        InputError: no bundle, or no place to write.
+    """
+    told = {key: summary[key] for key in _TOLD if key in summary}
+    told["adopted"] = {
+        name: {arm: figures["adopted"] for arm, figures in defence["arms"].items()}
+        for name, defence in summary["defences"].items()
+    }
+    bundle.restated(bundle.read_bundle(path), Path(out), "audit", told)
+    return Path(out)
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> AuditOptions:

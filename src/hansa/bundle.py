@@ -149,6 +149,34 @@ def write(
     return read_bundle(path)
 
 
+def restated(parent: Bundle, path: Path, stage: str, found: Mapping[str, Any]) -> Bundle:
+    """Write a bundle again, with what a stage that leaves its weights alone has found.
+
+    Args:
+        parent: the bundle.
+        path: the folder to make, or an older bundle to replace.
+        stage: what was found by, which is also its key among the metrics.
+        found: what was found, as JSON values.
+
+    Raises:
+        InputError: the path holds something that is no bundle.
+    """
+    return write(
+        path,
+        stage=stage,
+        weights=parent.weights,
+        architecture=parent.architecture,
+        config=parent.card["config"],
+        seed=parent.card["seed"],
+        data=parent.card["data"],
+        metrics={**parent.card["metrics"], stage: found},
+        masks=parent.masks,
+        kept=parent.kept,
+        parent=parent,
+        tokenizer=parent.tokenizer,
+    )
+
+
 def read_bundle(path: str | Path) -> Bundle:
     """Read a bundle and verify it.
 

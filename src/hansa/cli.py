@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hansa import cli_safeguard
+from hansa import cli_pipeline, cli_safeguard
 from hansa.cli_audit import app as audit_app
 from hansa.cli_parts import Json, follow
 from hansa.cli_parts import progress as _progress
@@ -231,6 +231,7 @@ def report(
         print(f"report: {page}")
 
 
+app.command()(cli_pipeline.pipeline)
 app.command()(cli_safeguard.safeguard)
 app.command()(cli_safeguard.redteam)
 

@@ -41,6 +41,9 @@ class ModelOptions(_Section):
     bundle: str | None = None
     """Folder of a bundle whose weights are the initial values; it must hold this model. Where it
     was pruned, so is what is trained."""
+    fresh: bool = Field(False, strict=True)
+    """Take no weights of the bundle, which then only stands among the ancestors: for a model that
+    was found on other data."""
 
 
 class TreeOptions(_Section):

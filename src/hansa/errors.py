@@ -19,6 +19,10 @@ class InputError(ValueError):
         super().__init__(key, found, allowed)
         self.key, self.found, self.allowed = key, found, allowed
 
+    def within(self, key: str) -> "InputError":
+        """Return the error as one of the part of a configuration that a key leads to."""
+        return InputError(f"{key}.{self.key}", self.found, self.allowed)
+
     def __str__(self) -> str:
         text = f"{self.key}: found {self.found}; allowed: {self.allowed}"
         return " ".join(text.split())

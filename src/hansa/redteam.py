@@ -68,6 +68,7 @@ def redteam(
     source: str | Path | Mapping[str, Any],
     *,
     overrides: Iterable[str] = (),
+    of: str | Path | None = None,
     out: str | Path | None = None,
     join: bool = False,
     watch: Watch | None = None,
@@ -79,6 +80,7 @@ def redteam(
             whose card the configuration is taken; alone it has no controls, and its scorecard says
             so.
         overrides: ``key=value`` with dotted keys, such as ``redteam.processes=2``.
+        of: the folder that the safeguard was made in, where the configuration does not tell.
         out: the folder to make or to go on in; by default ``redteam`` in the run's folder, and
             ``redteam-NAME`` beside a bundle.
         join: whether to write the bundle again, its card with the scorecard, beside it.
@@ -88,7 +90,7 @@ def redteam(
         InputError: input that cannot be used.
     """
     config = load(source, overrides)
-    models = _models(source, config)
+    models = _models(source, config, Path(of) if of is not None else None)
     stage = _Stage(config, models)
     path = Path(out) if out is not None else models.place
     claim(path, (path / "cells").is_dir(), (), "a red team's")
@@ -102,12 +104,15 @@ def redteam(
     return Redteamed(path, card, page, joined)
 
 
-def with_scorecard(path: str | Path, card: Mapping[str, Any]) -> Path:
-    """Write a bundle again, with a scorecard in its card, beside it as ``NAME-redteam``.
+def with_scorecard(
+    path: str | Path, card: Mapping[str, Any], out: str | Path | None = None
+) -> Path:
+    """Write a bundle again, with a scorecard in its card under ``metrics.redteam``.
 
     Args:
         path: folder of the bundle, which becomes the new one's parent.
         card: its scorecard.
+        out: the folder to make; by default ``NAME-redteam`` beside the bundle.
 
     Raises:
         InputError: a scorecard of another bundle, or no place to write.
@@ -116,21 +121,10 @@ def with_scorecard(path: str | Path, card: Mapping[str, Any]) -> Path:
     if card.get("bundle") != parent.digest:
         found = f"the scorecard of {str(card.get('bundle'))[:16]}"
         raise InputError(str(path), found, f"that of {parent.digest[:16]}")
-    beside = Path(path).resolve().with_name(f"{Path(path).resolve().name}-redteam")
-    bundle.write(
-        beside,
-        stage="redteam",
-        weights=parent.weights,
-        architecture=parent.architecture,
-        config=parent.card["config"],
-        seed=parent.card["seed"],
-        data=parent.card["data"],
-        metrics={"claim": CLAIM, **{key: card[key] for key in _TOLD}},
-        masks=parent.masks,
-        kept=parent.kept,
-        parent=parent,
-        tokenizer=parent.tokenizer,
-    )
+    whole = Path(path).resolve()
+    beside = whole.with_name(f"{whole.name}-redteam") if out is None else Path(out)
+    told = {"claim": CLAIM, **{key: card[key] for key in _TOLD}}
+    bundle.restated(parent, beside, "redteam", told)
     return beside
 
 
@@ -243,7 +237,9 @@ class _Stage:
         return found
 
 
-def _models(source: str | Path | Mapping[str, Any], config: SafeguardConfig) -> _Models:
+def _models(
+    source: str | Path | Mapping[str, Any], config: SafeguardConfig, of: Path | None
+) -> _Models:
     """Return where the models are.
 
     Raises:
@@ -253,8 +249,12 @@ def _models(source: str | Path | Mapping[str, Any], config: SafeguardConfig) -> 
         path = Path(source)
         name = path.resolve().name
         return _Models({"safeguarded": path}, {}, path.resolve().with_name(f"redteam-{name}"))
-    folder = config.folder
-    if not isinstance(source, Mapping) and (Path(source).parent / "models.json").is_file():
+    folder = of or config.folder
+    if (
+        of is None
+        and not isinstance(source, Mapping)
+        and (Path(source).parent / "models.json").is_file()
+    ):
         folder = Path(source).parent  # the configuration that lies in a run's own folder
     file = folder / "models.json"
     try:

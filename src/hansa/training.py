@@ -85,10 +85,14 @@ def train(
     return run
 
 
-def completed(config: RunConfig) -> Path:
+def completed(config: RunConfig, watch: Watch | None = None) -> Path:
     """Bring the run of a configuration to its end and return its folder.
 
     One that is finished is kept, and one that was interrupted, or has fewer rounds, goes on.
+
+    Args:
+        config: the configuration.
+        watch: called after every round.
 
     Raises:
         InputError: its folder holds something else; see ``train``.
@@ -97,13 +101,13 @@ def completed(config: RunConfig) -> Path:
     if is_completed(config):
         return path
     if (path / "config.toml").is_file():
-        return train(config, resume=path).path
+        return train(config, resume=path, watch=watch).path
     if path.is_dir():  # what a kill may leave of a run that was just being made
         if odd := {entry.name for entry in path.iterdir()} - {"checkpoint.json"}:
             raise InputError(str(path), f"a folder that is no run ({odd.pop()})", "no such folder")
         (path / "checkpoint.json").unlink(missing_ok=True)
         path.rmdir()
-    return train(config).path
+    return train(config, watch=watch).path
 
 
 def is_completed(config: RunConfig) -> bool:
@@ -328,7 +332,7 @@ def make_model(
     )
     architecture = resolved(architecture)
     model = build(architecture, config.seed)
-    if parent is not None:
+    if parent is not None and not config.model.fresh:
         if data.tokenizer is not None and parent.tokenizer != data.tokenizer.as_json():
             raise InputError("model.bundle", "other tokens than the run's", "the same tokenizer")
         _take_weights(model, parent, config)
