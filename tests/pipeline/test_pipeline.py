@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,8 @@ def values(**changed: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    yield
 
 
 def digests(stages: Any) -> dict[str, str | None]:
@@ -223,7 +221,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "short-seed0"
     folder.mkdir(parents=True)
     (folder / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="mine.txt"):
+    with pytest.raises(InputError, match=r"mine\.txt"):
         pipeline(values())
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 

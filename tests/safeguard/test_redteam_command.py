@@ -84,7 +84,7 @@ def test_from_models_to_a_scorecard(command: Run, tmp_path: Path) -> None:
         {"stage": "redteam", "digest": joined.digest},
     ]
     assert joined.card["metrics"]["redteam"]["recovery"] == card["recovery"]
-    assert joined.card["metrics"]["flags"][0]["kind"] == "few seeds"
+    assert joined.card["metrics"]["redteam"]["flags"][0]["kind"] == "few seeds"
     assert joined.weights.keys() == parent.weights.keys()
     # Again: nothing is attacked twice, and the same is said.
     times = {path: path.stat().st_mtime_ns for path in (made / "cells").iterdir()}

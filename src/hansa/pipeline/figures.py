@@ -14,8 +14,8 @@ def of_search(summary: Mapping[str, Any]) -> dict[str, str]:
             told[key.replace("_", " ")] = _share(summary[key])
     if summary.get("parameters") is not None:
         told["parameters"] = f"{summary['parameters']:,.0f}"
-    for key, value in (summary.get("latency") or {}).items():
-        told[f"latency, {key}"] = f"{value:.3g} ms"
+    if limits := summary["limits"]:
+        told["limits"] = ", ".join(f"{key} {value}" for key, value in limits.items())
     return told
 
 

@@ -171,7 +171,7 @@ class _Line:
         except BaseException:
             self._tell(known)
             raise
-        outcome = {
+        outcome: dict[str, Any] = {
             "bundle": self._relative(made.bundle),
             "digest": read_bundle(made.bundle).digest if made.bundle else None,
             "report": self._relative(made.report),
