@@ -12,6 +12,9 @@ from hansa.config import explain, override, read
 from hansa.errors import InputError
 from hansa.pipeline.kinds import KINDS
 
+SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "shipped").glob("*.toml"))}
+"""The pipelines that come with Hansa, by name: small enough for a laptop, on real input."""
+
 _OWN = ("name", "output", "seed")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -128,15 +131,17 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     """Read and validate a pipeline; the files that stages name are read into it.
 
     Args:
-        source: a TOML file, or the values themselves.
+        source: a TOML file, one of ``SHIPPED``, or the values themselves.
         overrides: ``key=value``, of the pipeline (``seed=1``) or with the name of a stage before
             it (``train.rounds=3``).
 
     Raises:
         InputError: naming the first key that is wrong, what was found and what is allowed.
     """
-    folder = Path() if isinstance(source, Mapping) else Path(source).parent
-    values = dict(source) if isinstance(source, Mapping) else read(Path(source))
+    if not isinstance(source, Mapping):
+        source = SHIPPED.get(str(source), Path(source))
+    folder = Path() if isinstance(source, Mapping) else source.parent
+    values = dict(source) if isinstance(source, Mapping) else read(source)
     stages = values.get("stages")
     if not isinstance(stages, list | tuple) or not all(isinstance(s, Mapping) for s in stages):
         raise InputError("stages", "nothing" if stages is None else repr(stages), "[[stages]]")
