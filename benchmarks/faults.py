@@ -165,6 +165,7 @@ def _tree(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     import tomli_w
 
     from hansa.deploy.layout import init
+    from hansa.deploy.options import read_deployment
     from hansa.deploy.trial import down, up
 
     names = [name for members in TREE.values() for name in members]
@@ -179,9 +180,9 @@ def _tree(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     }
     calm = {"deadline": 1200.0, "wait": 600.0, "look": 0.5}
     deploy = {
-        "port": _ports(len(names) + 6),
+        "port": free_ports(len(names) + 6),
         **calm,
-        "federations": {name: dict(calm) for name in TREE},
+        "federations": {name: {**calm, "deadline": 1000.0} for name in TREE},
         "parties": {
             f"client-{names.index(name)}": {"federation": above}
             for above, members in TREE.items()
@@ -191,7 +192,7 @@ def _tree(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     path = place / "federation.toml"
     path.write_text(tomli_w.dumps({**config, "deploy": deploy}))
     parties = place / "parties"
-    init(path, parties)
+    init(read_deployment(path), parties)
     up(parties)
     try:
         yield parties, config
@@ -276,7 +277,7 @@ def _against_local(parties: Path, config: Mapping[str, Any], place: Path) -> Ite
     for k in range(len(above)):
         path = f"root/{above[k]}/client-{k}"
         held = DiskStore(parties / f"client-{k}" / "state" / number / "states", rounds)
-        found, expected = held.get(path).groups, federation.engine.store.get(path).groups
+        found, expected = held.get(path).groups, federation.state_of(f"client-{k}").groups
         if _digests(found) != _digests(expected):
             yield f"the state of {path}"
 
@@ -287,7 +288,7 @@ def _digests(groups: Mapping[str, Any]) -> dict[str, str]:
     return {group: digest(tensors) for group, tensors in groups.items()}
 
 
-def _ports(num: int) -> int:
+def free_ports(num: int) -> int:
     """Return the first of some free ports in a row; what is started later binds others above."""
     for start in range(14000, 30000, 100):
         try:
