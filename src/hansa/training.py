@@ -1,7 +1,7 @@
 """The train stage: a configuration in, a run folder out. ``hansa train`` is this function."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +80,9 @@ def train(
             metrics = {"scored": scored, **run.history.summary()["metrics"]}
             if (kept := run.curated(run.round - 1)) is not None:
                 metrics["curation"] = kept.manifest
-            common = trial.write_bundle(run.path / "bundle", "train", weights, metrics)
+            common = trial.write_bundle(
+                run.path / "bundle", "train", weights, metrics, privacy=run.privacy()
+            )
         run.finish(common)
     return run
 
@@ -159,6 +161,7 @@ class Trial:
         metrics: Mapping[str, Any],
         masks: Tensors | None = None,
         parent: bundle.Bundle | None = None,
+        privacy: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> bundle.Bundle:
         """Write a model of this federation as a bundle with its provenance.
 
@@ -177,6 +180,8 @@ class Trial:
             kept=self.kept,
             parent=parent or self.parent,
             tokenizer=self.data.tokenizer.as_json() if self.data.tokenizer else "",
+            privacy=privacy,
+            labels=self.data.classes,
         )
 
 
@@ -193,8 +198,12 @@ def write_bundle(
     kept: Tensors | None = None,
     parent: bundle.Bundle | None = None,
     tokenizer: str = "",
+    privacy: Mapping[str, Mapping[str, Any]] | None = None,
+    labels: Sequence[str] = (),
 ) -> bundle.Bundle:
-    """Write a model of a run as a bundle with its provenance.
+    """Write a model of a run as a bundle with its provenance; see ``bundle.write``.
+
+    Of text, whose classes are tokens, ``labels`` are left out.
 
     Raises:
         InputError: the path holds something that is no bundle.
@@ -213,6 +222,8 @@ def write_bundle(
         kept=kept,
         parent=parent,
         tokenizer=tokenizer,
+        privacy=privacy,
+        labels=() if architecture.is_language else labels,
     )
 
 

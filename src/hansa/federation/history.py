@@ -145,6 +145,13 @@ class History:
                 values.setdefault(row["round"], {})[leaf] = row["sum"] / row["count"]
         return values
 
+    def epsilons(self) -> dict[str, float]:
+        """Return private node -> epsilon that it has spent, as it was last told."""
+        found: dict[str, float] = {}
+        for _, row in sorted(self.scored("state", "epsilon").items()):
+            found |= row
+        return found
+
     @property
     def is_language(self) -> bool:
         """Whether what was scored is a language model."""
