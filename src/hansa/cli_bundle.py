@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hansa.cli_parts import Json
 
@@ -39,9 +40,8 @@ def verify(
     for name in ("stage", "digest", "verified"):
         table.add_column(name, overflow="fold")
     for step in found["lineage"]:
-        table.add_row(step["stage"], step["digest"][:16], step["found"] or "not there")
-    files = ", ".join(sorted(found["files"]))
-    table.add_row("this bundle", found["digest"][:16], f"{files}")
+        _add(table, step["stage"], step["digest"][:16], step["found"] or "not there")
+    _add(table, "this bundle", found["digest"][:16], ", ".join(sorted(found["files"])))
     Console().print(table)
     print(f"digest: {found['digest']}")
 
@@ -105,23 +105,28 @@ def _print(about: dict[str, Any]) -> None:
     table.add_column("what", no_wrap=True)
     table.add_column("value", overflow="fold")
     for what, value in _lines(about):
-        table.add_row(what, value)
+        _add(table, what, value)
     for name, value in figures(about["metrics"]):
-        table.add_row(name, said(value))
+        _add(table, name, said(value))
     for where, spent in privacy_rows(about["privacy"]):
-        table.add_row(f"privacy, {where}", spent)
+        _add(table, f"privacy, {where}", spent)
     console = Console()
-    console.print(table, markup=False)
+    console.print(table)
     if (scorecard := about["scorecard"]) is not None:
         columns, rows = worst_rows(scorecard)
         worst = Table(caption=f"recovered under attack, worst case first. {scorecard['claim']}")
         for number, name in enumerate(columns):
             worst.add_column(name, justify="right" if number else "left")
         for row in rows:
-            worst.add_row(*row)
-        console.print(worst, markup=False)
+            _add(worst, *row)
+        console.print(worst)
         for flag in scorecard["flags"]:
             print(f"{flag['kind']}: {flag['text']}")
+
+
+def _add(table: Table, *cells: str) -> None:
+    """Add a row of what a file says, in which nothing is markup."""
+    table.add_row(*map(Text, cells))
 
 
 def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:

@@ -29,10 +29,17 @@ from hansa.models.language import beside_adapters
 from hansa.models.masks import attach
 from hansa.pruning.federated import check_pruning, pre_round
 from hansa.runs import Run
+from hansa.tracking import check_trackers, tracked
 
 _log = logging.getLogger("hansa")
 Watch = Callable[[Run, RoundResult], None]
-CHANGEABLE = ("engine.workers", "engine.state_memory_mb", "engine.stack_memory_mb", "rounds")
+CHANGEABLE = (
+    "engine.workers",
+    "engine.state_memory_mb",
+    "engine.stack_memory_mb",
+    "rounds",
+    "tracking",
+)
 """What a resumed run may change: none of it alters the rounds already there."""
 
 
@@ -57,6 +64,7 @@ def train(
         InputError: input that cannot be used, a loss that is no number included.
     """
     wanted, run = _open(config, overrides, resume)
+    check_trackers(wanted.tracking)
     if (asked := wanted.curation) is not None and asked.warm_up and asked.masks is None:
         raise InputError(
             "curation.warm_up",
@@ -71,7 +79,8 @@ def train(
         if wanted.pruning and run.masks is None:
             trial = prepare(wanted, trial.data, _pruned(run, trial))
         trial.federation.keep_states_in(store, run.round)
-        trial = _rounds(run, trial, store, watch)
+        with tracked(run) as record:
+            trial = _rounds(run, trial, store, [record, *([watch] if watch else [])])
         common = None
         if wanted.method.common:
             weights = trial.federation.model_of(ROOT).state_dict()
@@ -376,7 +385,7 @@ def _pruned(run: Run, trial: Trial) -> Tensors:
     return masks
 
 
-def _rounds(run: Run, whole: Trial, store: Store, watch: Watch | None) -> Trial:
+def _rounds(run: Run, whole: Trial, store: Store, watches: Sequence[Watch]) -> Trial:
     """Run the rounds that are left, and return what the last of them ran on."""
     config, trial = run.config, whole
     try:
@@ -390,7 +399,7 @@ def _rounds(run: Run, whole: Trial, store: Store, watch: Watch | None) -> Trial:
                     result = replace(result, visits=(*spent, *result.visits))
                     spent = ()
                     run.record(result, trial.federation.plan)
-                    if watch is not None:
+                    for watch in watches:
                         watch(run, result)
                     if result.number == last:
                         break
@@ -467,8 +476,8 @@ def cohort_of(trial: Trial) -> Cohort:
     )
 
 
-_NOT_PROVENANCE = ("engine", "name", "output")
-"""How and where a run was computed does not change its result, so it is not in the digest."""
+_NOT_PROVENANCE = ("engine", "name", "output", "tracking")
+"""How and where a run was computed and watched does not change its result: it is in no digest."""
 
 
 def _open(
