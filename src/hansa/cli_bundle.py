@@ -99,7 +99,14 @@ def export(
 
 
 def _print(about: dict[str, Any]) -> None:
-    from hansa.handover.describe import figures, privacy_rows, said, worst_rows
+    from hansa.handover.describe import (
+        SIMULATED,
+        figures,
+        is_simulated,
+        privacy_rows,
+        said,
+        worst_rows,
+    )
 
     table = Table(show_header=False)
     table.add_column("what", no_wrap=True)
@@ -112,6 +119,8 @@ def _print(about: dict[str, Any]) -> None:
         _add(table, f"privacy, {where}", spent)
     console = Console()
     console.print(table)
+    if is_simulated(about["privacy"]):
+        print(SIMULATED)
     if (scorecard := about["scorecard"]) is not None:
         columns, rows = worst_rows(scorecard)
         worst = Table(caption=f"recovered under attack, worst case first. {scorecard['claim']}")

@@ -29,7 +29,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -256,11 +256,15 @@ class Run:
             self.history.add(tables)
         self._store.prune()
 
-    def privacy(self) -> dict[str, dict[str, Any]]:
+    def privacy(self, drawn: Literal["seed", "secret"] = "seed") -> dict[str, dict[str, Any]]:
         """Return private node -> its rules and the ``epsilon`` that its training has spent.
 
         That is None where it is infinite, as without noise. Of the nodes of a deployment, whose
         rules are their own, there is no more than what they told.
+
+        Args:
+            drawn: where noise comes from: the run's seed, by which it can be taken off again, or a
+                secret of the node.
         """
         found: dict[str, dict[str, Any]] = {}
         if nodes := self.config.nodes:
@@ -271,7 +275,10 @@ class Run:
                 if held.privacy is not None and nodes[name_of(path)].text is not None
             }
         spent = self.history.epsilons()
-        return {name: {**found.get(name, {}), "epsilon": spent.get(name)} for name in found | spent}
+        return {
+            name: {**found.get(name, {}), "epsilon": spent.get(name), "drawn": drawn}
+            for name in found | spent
+        }
 
     def summary(self) -> dict[str, Any]:
         """Return where the run lies, its method, and what it measured in a few numbers."""

@@ -6,7 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hansa.bundle import Bundle
-from hansa.handover.describe import describe, figures, privacy_rows, said, worst_rows
+from hansa.handover.describe import (
+    SIMULATED,
+    describe,
+    figures,
+    is_simulated,
+    privacy_rows,
+    said,
+    worst_rows,
+)
 from hansa.models.language import LANGUAGE
 from hansa.safeguard.scorecard_text import threat
 
@@ -112,7 +120,11 @@ def _privacy(spent: list[dict[str, Any]]) -> str:
     if not spent:
         return "The card tells of no private training: the model may tell of its data."
     rows = privacy_rows(spent)
-    return _table(["node", "spent"], rows) + "\n\nNodes that are not listed trained without."
+    notes = [
+        "Nodes that are not listed trained without.",
+        *([SIMULATED] if is_simulated(spent) else []),
+    ]
+    return "\n\n".join([_table(["node", "spent"], rows), *notes])
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

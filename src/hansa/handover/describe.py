@@ -71,6 +71,18 @@ def said(value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
+SIMULATED = (
+    "Noise was drawn from the run's seed, as in any simulation, and whoever knows the seed can "
+    "take it off: epsilon tells what privacy costs such a model, and protects nobody."
+)
+
+
+def is_simulated(spent: list[dict[str, Any]]) -> bool:
+    """Tell whether some of the noise that a card tells of came from a seed."""
+    nodes = [about for entry in spent for about in entry["nodes"].values()]
+    return any(about.get("drawn") == "seed" for about in nodes)
+
+
 def privacy_rows(spent: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Return what private nodes spent: (stage and node, in words)."""
     rows = []
