@@ -367,6 +367,10 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list((tmp_path / "deep").iterdir()) == []
+    (tmp_path / "deep" / ".o.tmp" / "left").mkdir(parents=True)  # by a kill
+    with new_folder(tmp_path / "deep" / "o") as folder:
+        assert list(folder.iterdir()) == []
+    assert [each.name for each in (tmp_path / "deep").iterdir()] == ["o"]
     (tmp_path / "link").symlink_to(tmp_path / "deep")
     for taken in ("empty", "link"):
         with (

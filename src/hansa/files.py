@@ -1,7 +1,6 @@
 """Files that are there whole or not at all."""
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +51,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.is_dir() and (held := sorted(entry.name for entry in path.iterdir())):
         raise InputError(str(path), f"a folder with {held[0]} in it", allowed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)  # what a kill may have left
     beside.mkdir()
     try:
         yield beside
