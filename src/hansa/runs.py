@@ -259,8 +259,8 @@ class Run:
     def privacy(self, drawn: Literal["seed", "secret"] = "seed") -> dict[str, dict[str, Any]]:
         """Return private node -> its rules and the ``epsilon`` that its training has spent.
 
-        That is None where it is infinite, as without noise. Of the nodes of a deployment, whose
-        rules are their own, there is no more than what they told.
+        That is None where it is infinite, as without noise, or where it was not told node by node.
+        Of the nodes of a deployment, whose rules are their own, there is no more than they told.
 
         Args:
             drawn: where noise comes from: the run's seed, by which it can be taken off again, or a

@@ -3,7 +3,7 @@
 import pytest
 
 from hansa.federation.engines.engine import RoundResult, Visit
-from hansa.federation.history import tables_of
+from hansa.federation.history import History, tables_of
 from hansa.tracking.figures import ROUND, SUMMARY, of_round, of_summary
 
 
@@ -59,3 +59,15 @@ def test_a_summary_is_flat_and_ends_with_its_seconds() -> None:
         ("summary/metrics/accuracy/mean", 0.5),
         (SUMMARY, 2.0),
     ]
+
+
+def test_epsilon_is_a_node_s_own_or_nobody_s() -> None:
+    def scores(*sums: tuple[float, float]) -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
+        names = ("root/a", "root/north")
+        return {name: {"state": {"epsilon": each}} for name, each in zip(names, sums, strict=True)}
+
+    history = History()
+    history.add(tables_of(result(number=1, scores=scores((1.0, 1.0), (4.0, 1.0)))))
+    assert history.epsilons() == {"a": 1.0, "north": 4.0}
+    history.add(tables_of(result(number=2, scores=scores((2.0, 1.0), (9.0, 3.0)))))
+    assert history.epsilons() == {"a": 2.0, "north": None}

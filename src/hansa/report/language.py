@@ -139,7 +139,7 @@ def tree_of(run: Run, named: str = "") -> Part:
             said += [f"perplexity {number(reached[name])}"] if name in reached else []
             work = [f"{steps[path]} steps"] if path in steps else []
             if path in private:
-                work.append(f"\N{GREEK SMALL LETTER EPSILON} = {spent.get(name, 0.0):.2f}")
+                work.append(f"\N{GREEK SMALL LETTER EPSILON} = {spent.get(name) or 0.0:.2f}")
             said += [", ".join(work)] if work else []
         else:
             said.append("no text of its own")
@@ -185,7 +185,7 @@ def nodes_of(run: Run, named: str = "") -> Part:
         row += [number(values[name]) if name in values else "-" for values in scores]
         row += [size(up), size(down)] if path != ROOT else ["-", "-"]
         if is_private:
-            row.append(f"{spent.get(name, 0.0):.2f}" if path in private else "-")
+            row.append(f"{spent.get(name) or 0.0:.2f}" if path in private else "-")
         rows.append([*row, str(run.config.nodes[name].text)])
     leaves = [name_of(path) for path in hold if tree.is_leaf(path)]
     for what, of in (("mean of leaves", np.mean), ("std of leaves", np.std)):

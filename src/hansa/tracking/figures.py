@@ -40,8 +40,8 @@ def of_round(tables: Mapping[str, pa.Table]) -> dict[str, float]:
     for row in tables["figures"].to_pylist():
         noted[f"figures/{row['name']}"].append(row["value"])
     found = {name: fmean(values) for name, values in (scores | noted).items() if values}
-    if epsilons := history.epsilons():
-        found["state/epsilon_largest"] = max(epsilons.values())
+    if epsilons := [spent for spent in history.epsilons().values() if spent is not None]:
+        found["state/epsilon_largest"] = max(epsilons)
     ledger = tables["ledger"].to_pydict()
     if count := sum(ledger["count"]):
         found["train/loss"] = sum(ledger["loss_sum"]) / count
