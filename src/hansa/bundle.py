@@ -14,7 +14,8 @@ A bundle is a folder:
     of a language model, what its tokens stand for.
 ``card.json``
     provenance: stage, configuration, seed, data fingerprint, metrics, the digests of the files
-    above, and the digests of the bundles that this one came from.
+    above, and the digests of the bundles that this one came from. Where training was private,
+    what it and that of the ancestors spent; where classes have names, those.
 
 The digest of a bundle is the SHA-256 of its card; since the card holds the digests of all other
 files and of the ancestors, it vouches for the whole line. Nothing in a bundle is code.
@@ -23,7 +24,7 @@ files and of the ancestors, it vouches for the whole line. Nothing in a bundle i
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,16 @@ class Bundle:
         """Stage and digest of every ancestor, oldest first, and of this bundle."""
         return [*self.card["lineage"], {"stage": self.card["stage"], "digest": self.digest}]
 
+    @property
+    def privacy(self) -> list[dict[str, Any]]:
+        """What every private stage up to here spent, oldest first: ``stage`` and ``nodes``."""
+        return list(self.card.get("privacy", ()))
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes in the order of the logits; empty where they are not known."""
+        return list(self.card.get("labels", ()))
+
 
 def write(
     path: Path,
@@ -90,6 +101,8 @@ def write(
     kept: Tensors | None = None,
     parent: Bundle | None = None,
     tokenizer: str = "",
+    privacy: Mapping[str, Mapping[str, Any]] | None = None,
+    labels: Sequence[str] = (),
 ) -> Bundle:
     """Write a bundle; the folder appears whole or not at all.
 
@@ -106,6 +119,8 @@ def write(
         kept: bool masks by parameter name, True where a weight was kept by pruning.
         parent: the bundle that the stage started from.
         tokenizer: of a language model, its tokenizer as JSON.
+        privacy: private node -> what this stage spent of it, as JSON values.
+        labels: names of the classes in the order of the logits; by default the parent's.
 
     Raises:
         InputError: the path holds something that is no bundle.
@@ -131,6 +146,11 @@ def write(
         "lineage": parent.lineage if parent else [],
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
+    # What training spent, it spent for every model that is made of its own.
+    spent = [*(parent.privacy if parent else ())]
+    spent += [{"stage": stage, "nodes": privacy}] if privacy else []
+    named = [*labels] or (parent.labels if parent else [])
+    card |= {key: value for key, value in (("privacy", spent), ("labels", named)) if value}
     files[CARD] = _json(card)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")

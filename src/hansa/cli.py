@@ -14,6 +14,7 @@ from rich.table import Table
 
 from hansa import cli_pipeline, cli_safeguard
 from hansa.cli_audit import app as audit_app
+from hansa.cli_bundle import app as bundle_app
 from hansa.cli_parts import Json, follow
 from hansa.cli_parts import progress as _progress
 from hansa.cli_parts import told as _told
@@ -204,7 +205,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The bundle to write.")] = None,
     json_: Json = False,
 ) -> None:
-    """Write a client's own model out of a run, as a bundle."""
+    """Write a client's own model out of a run, as a bundle; for other tools, see `hansa bundle`."""
     from hansa.export import export as write_model
 
     path = out or run / "clients" / client
@@ -236,6 +237,7 @@ app.command()(cli_safeguard.safeguard)
 app.command()(cli_safeguard.redteam)
 
 app.add_typer(audit_app, name="audit")
+app.add_typer(bundle_app, name="bundle")
 app.add_typer(search_app, name="search")
 deploy = typer.Typer(rich_markup_mode=None, help="Run a federation on machines of its members.")
 app.add_typer(deploy, name="deploy")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hansa.curation.options import CurationOptions
 from hansa.data.federate import DataOptions
@@ -75,6 +75,10 @@ class RunEngine(EngineOptions):
     """Memory for the states of clients; what does not fit is read from disk when needed."""
 
 
+Tracker = Literal["tensorboard", "mlflow"]
+"""Where a run's figures can be watched beside its own folder."""
+
+
 class RunConfig(_Section):
     """Everything that determines a run."""
 
@@ -90,6 +94,8 @@ class RunConfig(_Section):
     """Rounds between scores; the last round is always scored, 0 scores no other."""
     compare_up_to: int = Field(25, ge=0, strict=True)
     """Most clients whose models and masks are compared two by two after the last round."""
+    tracking: tuple[Tracker, ...] = ()
+    """Where the figures of each round are written as well: ``tensorboard``, ``mlflow``, or both."""
     on_failure: Literal["stop", "drop"] = "stop"
     """A client whose loss is no number stops the run, or is dropped from its round."""
     data: DataOptions = DataOptions()
@@ -108,6 +114,12 @@ class RunConfig(_Section):
     participation: Participation = Participation()
     tree: TreeOptions = TreeOptions()
     engine: RunEngine = RunEngine()
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Take one name for a list of it."""
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -136,6 +148,7 @@ class RunConfig(_Section):
     def as_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values, without what is not set."""
         unread = {"nodes"} if self.text is None else {"data", "tree"}
+        unread |= set() if self.tracking else {"tracking"}
         values = self.model_dump(mode="json", exclude={"method", *unread}, exclude_none=True)
         method = self.method.model_dump(mode="json", exclude_none=True)
         return {**values, "method": {"name": self.method.name, **method}}

@@ -29,7 +29,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -46,7 +46,9 @@ from hansa.errors import InputError
 from hansa.federation.engines.engine import RoundResult
 from hansa.federation.engines.plan import Plan
 from hansa.federation.history import SCHEMAS, History, tables_of
+from hansa.federation.rules import inherited
 from hansa.federation.store import DiskStore
+from hansa.federation.tree import name_of
 from hansa.files import sync_folder, write_atomic
 
 FORMAT = 5
@@ -253,6 +255,30 @@ class Run:
         else:
             self.history.add(tables)
         self._store.prune()
+
+    def privacy(self, drawn: Literal["seed", "secret"] = "seed") -> dict[str, dict[str, Any]]:
+        """Return private node -> its rules and the ``epsilon`` that its training has spent.
+
+        That is None where it is infinite, as without noise, or where it was not told node by node.
+        Of the nodes of a deployment, whose rules are their own, there is no more than they told.
+
+        Args:
+            drawn: where noise comes from: the run's seed, by which it can be taken off again, or a
+                secret of the node.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        if nodes := self.config.nodes:
+            rules = inherited(self.config.shape(), {name: n.rules for name, n in nodes.items()})
+            found = {
+                name_of(path): held.privacy.model_dump(include={"unit", "noise", "delta"})
+                for path, held in rules.items()
+                if held.privacy is not None and nodes[name_of(path)].text is not None
+            }
+        spent = self.history.epsilons()
+        return {
+            name: {**found.get(name, {}), "epsilon": spent.get(name), "drawn": drawn}
+            for name in found | spent
+        }
 
     def summary(self) -> dict[str, Any]:
         """Return where the run lies, its method, and what it measured in a few numbers."""

@@ -73,7 +73,7 @@ class BPE(Tokenizer):
     """
 
     def __init__(self, form: str) -> None:
-        tokenizers = _library()
+        tokenizers = library()
         try:
             held = json.loads(form)
             self._inner = tokenizers.Tokenizer.from_str(form)
@@ -112,7 +112,7 @@ def train_bpe(text: str, size: int) -> BPE:
     """
     if size < 257:
         raise InputError("text.vocabulary", size, "257 or more, the 256 bytes and a pair")
-    tokenizers = _library()
+    tokenizers = library()
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
@@ -163,7 +163,12 @@ def _check(held: dict[str, Any]) -> None:
         raise InputError("tokenizer", "token numbers with gaps", "0 and on")
 
 
-def _library() -> Any:
+def library() -> Any:
+    """Return the library ``tokenizers``.
+
+    Raises:
+        InputError: it is missing.
+    """
     try:
         import tokenizers
     except ImportError as error:

@@ -145,6 +145,18 @@ class History:
                 values.setdefault(row["round"], {})[leaf] = row["sum"] / row["count"]
         return values
 
+    def epsilons(self) -> dict[str, float | None]:
+        """Return private node -> epsilon that it has spent, as it was last told.
+
+        A federation of a deployment tells the sum over its members, which is nobody's: None.
+        """
+        found: dict[str, float | None] = {}
+        told = (pc.field("split") == "state") & (pc.field("metric") == "epsilon")
+        for row in self.table("scores").filter(told).to_pylist():  # in the order of the rounds
+            if row["count"]:
+                found[name_of(row["node"])] = row["sum"] if row["count"] == 1 else None
+        return found
+
     @property
     def is_language(self) -> bool:
         """Whether what was scored is a language model."""
