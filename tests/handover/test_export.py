@@ -262,7 +262,7 @@ def test_the_card_tells_privacy_attacks_and_lineage_and_breaks_nowhere(
         config={},
         seed=0,
         data="ab12",
-        metrics=scorecard,
+        metrics={"redteam": scorecard},
         parent=parent,
     )
     export(tmp_path / "b", tmp_path / "o", "transformers", license_="apache-2.0")

@@ -20,10 +20,9 @@ def describe(found: Bundle) -> dict[str, Any]:
 
     ``density`` tells how many weights were kept where a model is pruned (``kept``), and how many a
     method's masks hold (``masks``): ``share``, ``held`` and ``of``, over all tensors under masks
-    and by tensor. ``scorecard`` is a red team's, None in any other bundle.
+    and by tensor. ``scorecard`` is a red team's, None where there was none.
     """
     card = found.card
-    scorecard = scorecard_of(found)
     return {
         "digest": found.digest,
         "stage": card["stage"],
@@ -39,9 +38,9 @@ def describe(found: Bundle) -> dict[str, Any]:
         "tokenizer": _tokenizer(found.tokenizer),
         "seed": card.get("seed"),
         "data": card.get("data"),
-        "metrics": {} if scorecard else dict(card.get("metrics", {})),
+        "metrics": {k: v for k, v in card.get("metrics", {}).items() if k != REDTEAM},
         "privacy": found.privacy,
-        "scorecard": scorecard,
+        "scorecard": scorecard_of(found),
         "config": dict(card.get("config", {})),
         "files": dict(card["files"]),
     }
@@ -49,9 +48,8 @@ def describe(found: Bundle) -> dict[str, Any]:
 
 def scorecard_of(found: Bundle) -> dict[str, Any] | None:
     """Return what a red team wrote into a bundle's card, None where none has."""
-    metrics = found.card.get("metrics", {})
-    is_scorecard = found.card["stage"] == REDTEAM and _CLAIM in metrics
-    return dict(metrics) if is_scorecard else None
+    told = found.card.get("metrics", {}).get(REDTEAM)
+    return dict(told) if isinstance(told, Mapping) and _CLAIM in told else None
 
 
 def figures(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
