@@ -1,4 +1,4 @@
-"""What a machine may do to a run beside killing it: a full disk, a clock that jumps, no right to write.
+"""What a machine may do to a run beside killing it: a full disk, a clock that jumps.
 
 Late and repeated answers, old requests that come again, and kills of every part are in
 ``federation/engines/test_remote.py`` and ``deploy/``; ``benchmarks/faults.py`` kills at random.
