@@ -4,11 +4,11 @@ import re
 import shutil
 import tomllib
 from ast import literal_eval
-from pathlib import Path
 from typing import get_args
 
 import pytest
 
+from documents import ROOT, blocks
 from hansa.audit.options import DEFENCES, ArmOptions, AuditOptions, GateOptions, TargetOptions
 from hansa.audit.plan import read_plan
 from hansa.auditing import load as load_audit
@@ -33,12 +33,7 @@ from hansa.searching import load as load_search
 from hansa.training import train
 from support import in_turn
 
-ROOT = Path(__file__).parents[1]
 PHASES = get_args(get_args(AnyPhase)[0])
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("code", blocks(ROOT / "README.md", "python"))
@@ -182,7 +177,9 @@ def test_a_flower_app_of_ones_own_runs(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_every_method_its_options_and_quirks_are_documented() -> None:
-    text = (ROOT / "docs" / "methods.md").read_text()
+    # The table of methods, and the pages of those that have one of their own.
+    pages = ("methods", "fedselect", "sparse", "worldlm")
+    text = "".join((ROOT / "docs" / f"{page}.md").read_text() for page in pages)
     assert all(f"| `{name}` |" in text for name in METHODS)
     assert all(f"| `{quirk}` |" in text for quirk in QUIRKS)
     options = {key for kind in METHODS.values() for key in kind.model_fields}
