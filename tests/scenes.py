@@ -212,9 +212,6 @@ SCENES: dict[str, Scene] = {
             "hansa search examples/search.toml --set limits.parameters=150000": SEARCHED,
             "hansa search table query --parameters 150000": (),
             "hansa search table query '[[[0],[0,1,1,1]],[[2],[0,1,0,1]],[[2],[0,0,0,1]]]'": (),
-            "hansa search table generate my.sqlite --models spread:24 --workers 2": (
-                *("--recipe", "digits16-w8", "--models", "0", "--workers", "1"),
-            ),
             "hansa search table generate my.sqlite --recipe gratings16-w8 --models spread:24"
             " --seeds 2 --workers 2": (
                 *("--recipe", "digits16-w8", "--models", "0", "--workers", "1", "--seeds", "1"),

@@ -35,9 +35,7 @@ class _Page(HTMLParser):
             self.loaded |= {given[name] for name in ("src", "href") if name in given}
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
+def _built(folder: Path) -> Path:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -46,7 +44,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow(20)
-def test_no_link_leads_nowhere_and_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+def test_no_link_leads_nowhere_and_all_that_is_public_is_in_the_reference(tmp_path: Path) -> None:
+    site = _built(tmp_path / "site")
     pages = {path: _Page(path) for path in site.rglob("*.html")}
     assert len(pages) > 35
     wrong = []
@@ -71,9 +70,6 @@ def test_no_link_leads_nowhere_and_nothing_is_loaded_from_elsewhere(site: Path) 
     assert wrong == []
     # A fence that is not understood stands in the page as it was written.
     assert [path.name for path in pages if "<p>```" in path.read_text()] == []
-
-
-def test_everything_that_is_public_is_in_the_reference(site: Path) -> None:
     reference = "".join(path.read_text() for path in (site / "reference").rglob("*.html"))
     anchors = set(re.findall(r'id="(hansa\.[\w.]+)"', reference))
     assert {f"hansa.{name}" for name in hansa.__all__} - anchors == set()
