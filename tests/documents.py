@@ -32,7 +32,9 @@ def commands(path: Path) -> list[str]:
         if head in ("", "sh")
         for line in code.replace("\\\n", " ").splitlines()
     ]
-    return [line.partition("  #")[0].strip() for line in lines if _is_command(line)]
+    # Variables of the environment stand before a command.
+    bare = [re.sub(r"^([A-Z_]+=\S+ +)+", "", line.strip()) for line in lines]
+    return [line.partition("  #")[0].strip() for line in bare if _is_command(line)]
 
 
 def quoted(path: Path) -> list[str]:

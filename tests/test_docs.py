@@ -2,13 +2,14 @@
 
 import re
 import shutil
+import sys
 import tomllib
 from ast import literal_eval
 from typing import get_args
 
 import pytest
 
-from documents import ROOT, blocks
+from documents import PAGES, ROOT, blocks, files
 from hansa.audit.options import DEFENCES, ArmOptions, AuditOptions, GateOptions, TargetOptions
 from hansa.audit.plan import read_plan
 from hansa.auditing import load as load_audit
@@ -198,3 +199,40 @@ def test_the_guide_to_safeguards_names_what_there_is() -> None:
     assert set(load_safeguard(both).data.clients) == {"hospital", "laboratory"}
     for preset in re.findall(r'preset = "?(\w+)', text):
         assert preset in PRESETS
+
+
+RUN_HERE = [
+    "concepts.md",
+    "howto/own-data.md",
+    "howto/own-model.md",
+    "reference/index.md",
+    "start.md",
+]
+ELSEWHERE = {  # those above, and the guide to methods in test_own_method.py
+    *("audit.md", "curation.md", "deployment.md", "pruning.md", "search.md", "sparse.md"),
+    "howto/own-method.md",
+    "audit-proxy.md",  # for Inspect: test_audit_inspect.py, where that is installed
+}
+
+
+@pytest.mark.parametrize("page", RUN_HERE)
+def test_code_in_the_first_pages_runs(page: str, tmp_path, monkeypatch, capsys) -> None:
+    """With the page's own files, and in ``own-model.md`` after the page's own run."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    saved = files(ROOT / "docs" / page)
+    for name, text in saved.items():
+        (tmp_path / name).write_text(text)
+    if "narrow.toml" in saved:
+        train("narrow.toml", overrides=["rounds=1"])
+    for code in blocks(ROOT / "docs" / page, "python"):
+        exec(code, {})  # noqa: S102
+        assert capsys.readouterr().out
+    sys.modules.pop("nets", None)
+
+
+def test_no_page_has_code_that_nobody_runs() -> None:
+    pages = [path for path in PAGES if path.parent != ROOT and blocks(path, "python")]
+    named = {str(path.relative_to(ROOT / "docs")) for path in pages}
+    assert named == {*RUN_HERE, *ELSEWHERE}

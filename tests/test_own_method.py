@@ -11,18 +11,17 @@ import pytest
 import torch
 
 from documents import ROOT, blocks, files
-from hansa import Federation, Training
 from hansa.bundle import read_bundle
 from hansa.config import difference, load
 from hansa.errors import InputError
-from hansa.federation.compiled import has_compiler
-from hansa.federation.engines.plan import EngineOptions
+from hansa.federation.compiled import fill, masked, trace
+from hansa.federation.engines.plan import Plan
 from hansa.federation.message import Message, State
 from hansa.federation.methods import METHODS, FedAvg, Method, method_class, named
 from hansa.federation.node import Node, Reply
 from hansa.runs import Run
 from hansa.training import train
-from support import Row, clients, engine, in_turn, net, same
+from support import CLASSES, FEATURES, Row, engine, in_turn, net, same
 
 PAGE = ROOT / "docs" / "howto" / "own-method.md"
 HANSA = str(Path(sys.executable).with_name("hansa"))
@@ -142,21 +141,31 @@ def test_its_server_takes_medians_and_its_clients_stay_near(folder: Path) -> Non
     )
 
 
-@pytest.mark.slow(20)
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler on this machine")
-def test_its_step_is_compiled(folder: Path) -> None:
+def test_its_step_becomes_a_graph_that_can_be_compiled(folder: Path) -> None:
+    """Whole: no way back to Python, and the step's own numbers (compiling: test_compiled.py)."""
     method = method_class("forgiving:Median").model_validate({"radius": 0.1})
-    training = Training(lr=0.1, batch_size=3)
-    found = {}
-    for kind in ("sequential", "compiled"):
-        federation = Federation(
-            net(), clients(3, 6), method, training, engine=EngineOptions(kind=kind, workers=1)
-        )
-        history = federation.run(2)
-        found[kind] = federation.model_of("root").state_dict()
-    assert history.table("rounds")["engine"].to_pylist()[-1].startswith("compiled")
-    for name, tensor in found["sequential"].items():
-        torch.testing.assert_close(found["compiled"][name], tensor)
+    federation = engine(method, model=net(), plan=Plan("stacked", 3))
+    federation.use(federation.plan)
+    setup = federation.stack.prepare(next(iter(federation.clients.values())))
+    works = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        params = {n: p + 0.3 * torch.randn_like(p) for n, p in setup.task.params.items()}
+        start = {"model": dict(setup.task.params), "buffers": {}}
+        works.append({**method.begin(Node("root/0", 1, 6, setup), State(start)), "params": params})
+    stacked = {
+        group: {n: torch.stack([work[group][n] for work in works]) for n in works[0][group]}
+        for group in works[0]
+    }
+    step = masked(lambda work, batch: method.step(setup, work, batch, "train"))
+    inputs, labels = torch.randn(3, 4, FEATURES), torch.randint(CLASSES, (3, 4))
+    filled = fill((inputs, labels), 3, 4)
+    after, traced = step(stacked, filled), trace(step, stacked, filled)
+    told = traced.graph(*traced.inputs)
+    assert {traced.names[place][0] for place in traced.changed} >= {"params"}
+    for place, tensor in zip(traced.changed, told, strict=True):
+        group, name = traced.names[place]
+        torch.testing.assert_close(tensor, after[group][name])
 
 
 def test_a_configuration_reads_back_equal(folder: Path) -> None:
