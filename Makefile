@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 KERNELS := src/hansa/sparse/kernels.cpp src/hansa/sparse/build.py
 
-.PHONY: setup demo test acceptance lint bench clean
+.PHONY: setup demo test acceptance lint docs bench clean
 
 .venv/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hansa needs Python 3.11 or later; set PYTHON=")'
@@ -33,6 +33,11 @@ lint: setup
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The documentation as a site, in build/site; any web server shows it, this machine's included:
+# .venv/bin/python -m http.server -d build/site
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup
 	$(BIN)/python benchmarks/personalisation.py --quick

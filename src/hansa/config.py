@@ -14,7 +14,7 @@ from hansa.data.federate import DataOptions
 from hansa.data.text import TextOptions
 from hansa.errors import InputError
 from hansa.federation.engines.plan import EngineOptions
-from hansa.federation.methods import METHODS, FedAvg, Method
+from hansa.federation.methods import FedAvg, Method, method_class, named
 from hansa.federation.node import Buffers
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
@@ -111,6 +111,7 @@ class RunConfig(_Section):
     """Which training examples are used, where nodes hold questions and answers; all of them where
     it is not set."""
     method: Method = FedAvg()
+    """The algorithm; ``method.name`` is one of ``METHODS`` or ``module:Class``."""
     participation: Participation = Participation()
     tree: TreeOptions = TreeOptions()
     engine: RunEngine = RunEngine()
@@ -151,7 +152,7 @@ class RunConfig(_Section):
         unread |= set() if self.tracking else {"tracking"}
         values = self.model_dump(mode="json", exclude={"method", *unread}, exclude_none=True)
         method = self.method.model_dump(mode="json", exclude_none=True)
-        return {**values, "method": {"name": self.method.name, **method}}
+        return {**values, "method": {"name": named(self.method), **method}}
 
     def as_toml(self) -> str:
         """Return the configuration as TOML that reads back equal."""
@@ -254,9 +255,7 @@ def _validate(values: dict[str, Any]) -> RunConfig:
     if not isinstance(method, Mapping):
         raise InputError("method", repr(method), "a table with a name")
     options = dict(method)
-    name = options.pop("name", None)
-    if not isinstance(name, str) or name not in METHODS:
-        raise InputError("method.name", repr(name), ", ".join(METHODS))
+    kind = method_class(options.pop("name", None))
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -264,9 +263,9 @@ def _validate(values: dict[str, Any]) -> RunConfig:
     _check_text(config, values)
     _check_curation(config)
     try:
-        config = config.model_copy(update={"method": METHODS[name].model_validate(options)})
+        config = config.model_copy(update={"method": kind.model_validate(options)})
     except ValidationError as error:
-        raise explain(error, METHODS[name], options, "method.") from error
+        raise explain(error, kind, options, "method.") from error
     _check_scored(config)
     return config
 

@@ -30,7 +30,7 @@ from hansa.models.task import Task
 class Federation:
     """Clients that train a model together by a method.
 
-    Example:
+    Examples:
         >>> federation = Federation(net, clients, FedSelect(rate=0.05), Training(lr=0.1))
         >>> history = federation.run(rounds=20)
         >>> history.summary()["metrics"]["accuracy"]["mean"]

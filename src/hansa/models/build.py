@@ -1,11 +1,8 @@
 """Build a model from its description, which is all that a bundle keeps of its code."""
 
-import importlib
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from hansa.bundle import Bundle
+from hansa.classes import import_class
 from hansa.errors import InputError
 from hansa.models.blox import Blox
 from hansa.models.images import CNN, MLP, VGG16, ResNet18, ResNet20
@@ -192,22 +190,9 @@ def check_output(model: nn.Module, architecture: Architecture) -> None:
         raise InputError("model.name", f"{architecture.name} without trainable parameters", "some")
 
 
-def _import(name: str, trusted: Collection[str] | None) -> type[nn.Module]:
-    module_name, colon, class_name = name.partition(":")
-    allowed = f"{', '.join(BUILT_IN)} or module:Class"
-    if not (colon and module_name and class_name):
-        raise InputError("model.name", repr(name), allowed)
-    if trusted is not None and name not in trusted:
+def _import(name: str, trusted: Collection[str] | None) -> Callable[..., nn.Module]:
+    if trusted is not None and ":" in name and name not in trusted:
         raise InputError(
             "model.name", f"{name!r}, code from outside Hansa", "a class named as trusted"
         )
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        kind = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # a user's module may raise anything when it is imported
-        raise InputError("model.name", f"{name!r} ({error})", allowed) from error
-    if not callable(kind):
-        raise InputError("model.name", f"{name!r}, which cannot be called", allowed)
-    return kind  # type: ignore[no-any-return]
+    return import_class(name, "model.name", f"{', '.join(BUILT_IN)} or module:Class")
