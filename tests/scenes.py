@@ -114,6 +114,15 @@ SEARCHED = (
     "train=false",
 )
 
+_SMALLEST = (  # of the shipped pipelines
+    *("profile.models=2", "profile.on_refusal=table", "search.budget=2", "search.repeats=0"),
+    *("search.proxies=[]", "search.limits.latency=100.0", "train.rounds=1", "train.data.clients=2"),
+    *("train.training.epochs=1", "train.data.train_per_class=1", "prune.data.clients=2"),
+    *("personalise.rounds=1", "personalise.data.clients=2", "personalise.data.train_per_class=1"),
+    *("personalise.training.epochs=1", "prune.pruning.iterations=1"),
+)
+EDGE = tuple(part for text in _SMALLEST for part in ("--set", text))
+
 FEDSELECT = "hansa train examples/digits-fedselect.toml"
 COMPARE = "hansa compare examples/digits-fedselect.toml"
 SCENES: dict[str, Scene] = {
@@ -219,6 +228,16 @@ SCENES: dict[str, Scene] = {
             ),
             "hansa search table merge my.parquet my.sqlite": (),
             "hansa search table query --table my.parquet --latency 4": ("--table", "gratings16-w8"),
+        }
+    ),
+    "pipeline": Scene(
+        {
+            "hansa pipeline edge": EDGE,
+            "hansa pipeline edge --dry-run": EDGE,
+            "hansa pipeline edge --until prune": EDGE,
+            "hansa pipeline edge --set train.rounds=20 --set seed=1": (
+                *(*EDGE, "--set", "seed=0", "--until", "search"),
+            ),
         }
     ),
     "deployment": Scene(
