@@ -6,7 +6,6 @@ out. What is drawn depends on the plan's seed, the rule, and the key of the call
 
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -23,6 +22,7 @@ from hansa.audit.names import pool
 from hansa.audit.paths import Path, look, parse, written
 from hansa.audit.tamper import Edit, add, delete, put, splice, tampered
 from hansa.errors import InputError
+from hansa.untrusted import json_of, read_text, toml_of
 
 RuleAction = Literal[
     "set", "add", "delete", "scale", "shift", "unit", "swap", "cut", "truncate", "stale"
@@ -154,8 +154,8 @@ def read_plan(source: str | FilePath | Mapping[str, Any]) -> Plan:
 
 def _read(path: FilePath) -> Mapping[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = read_text(path)
+        values = json_of(text) if path.suffix == ".json" else toml_of(text)
     except (OSError, ValueError) as error:
         raise InputError(str(path), f"unreadable ({error})", "a plan in TOML or JSON") from error
     if not isinstance(values, dict):
