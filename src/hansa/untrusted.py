@@ -38,7 +38,10 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         OSError: it cannot be read, is a pipe, device or folder, or holds more.
     """
     # Without O_NONBLOCK opening a pipe waits for whoever writes into it.
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except ValueError as error:  # a null character, or half of one
+        raise OSError(errno.EINVAL, "no name that a file could have", repr(path)) from error
     with os.fdopen(handle, "rb") as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):

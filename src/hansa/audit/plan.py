@@ -5,7 +5,7 @@ out. What is drawn depends on the plan's seed, the rule, and the key of the call
 """
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -200,7 +200,7 @@ def _check_kind(values: Mapping[str, Any], key: str) -> None:
     for name, kind, allowed in kinds:
         if name in values and (not isinstance(values[name], kind) or values[name] is True):
             raise InputError(f"{key}.{name}", repr(values[name]), allowed)
-    if not math.isfinite(values.get("by", 0)):
+    if not -sys.float_info.max <= values.get("by", 0) <= sys.float_info.max:
         raise InputError(f"{key}.by", repr(values["by"]), "a number")
     if values.get("keep", 0) < 0:
         raise InputError(f"{key}.keep", repr(values["keep"]), "a number of characters")

@@ -268,6 +268,8 @@ def _check_outcome(found: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} is no text")
     for key in ("bundle", "report"):
         place = PurePosixPath(found[key] or "")
+        if "\0" in str(place) or str(place).encode(errors="replace").decode() != str(place):
+            raise ValueError(f"{key} is no path")
         if place.is_absolute() or ".." in place.parts or "\\" in str(place) or ":" in str(place):
             raise ValueError(f"{key} leads out of the folder")
     if not (found["seconds"] is None or type(found["seconds"]) in (int, float)):

@@ -69,7 +69,7 @@ class Store:
                 else:
                     file.execute("PRAGMA journal_mode=WAL")
                     file.executescript(_SCHEMA)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise InputError("TABLE", f"{path} ({error})", "a table's SQLite file") from error
 
     @contextmanager
