@@ -99,7 +99,7 @@ _DEEP = "nested deeper than {} levels"
 def _check_depth(value: Any, most: int) -> None:
     """Refuse tables and lists that are nested too deep, level by level and without recursion."""
     level = [value]
-    for _ in range(most + 1):
+    for _ in range(most):
         level = [
             below
             for held in level

@@ -40,9 +40,9 @@ _RUN_SETS = {
     "use_cache": False,
     "return_dict": True,
     "dtype": "float32",
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,  # the embedding of a token that pads would not be trained
+    "bos_token_id": None,  # nosec B105 # a token of text
+    "eos_token_id": None,  # nosec B105 # a token of text
+    "pad_token_id": None,  # nosec B105 # a token of text: the embedding of a token that pads would not be trained
 }
 _ELSEWHERE = {"auto_map", "quantization_config", "torch_dtype", "attn_implementation"}
 """Keys of a configuration that ask for code, kernels or number formats from elsewhere."""
