@@ -31,10 +31,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from hansa.errors import InputError
 from hansa.files import sync_folder, write_atomic
+from hansa.tensor_files import tensors_of
+from hansa.untrusted import json_of, read_bytes
 
 FORMAT = 1
 CARD, ARCHITECTURE, WEIGHTS, MASKS, KEPT, TOKENIZER = (
@@ -206,7 +207,7 @@ def read_bundle(path: str | Path) -> Bundle:
     path = Path(path)
     card_bytes = _bytes(path, CARD)
     try:
-        card = json.loads(card_bytes)
+        card = json_of(card_bytes)
         known = card["format"] == FORMAT
         files = card["files"]
         complete = isinstance(files, dict)
@@ -217,12 +218,15 @@ def read_bundle(path: str | Path) -> Bundle:
             KEPT,
             TOKENIZER,
         }
-        complete = complete and isinstance(card["lineage"], list) and "stage" in card
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        complete = complete and _is_card(card)
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(str(path / CARD), "no card of a bundle", "a bundle") from error
     if not (known and complete):
         raise InputError(str(path / CARD), "another format", f"format {FORMAT}")
     held = {p.name for p in path.iterdir()}
+    # What a link leads to is not part of the bundle, and goes wherever it likes once it is moved.
+    if links := sorted(name for name in (*files, CARD) if (path / name).is_symlink()):
+        raise InputError(str(path / links[0]), "a link", "the file itself")
     if odd := sorted(held - set(files) - {CARD}):
         raise InputError(str(path / odd[0]), "a file that the card does not name", "no such file")
     content = {name: _bytes(path, name) for name in files}
@@ -230,15 +234,21 @@ def read_bundle(path: str | Path) -> Bundle:
         if hashlib.sha256(content[name]).hexdigest() != digest:
             raise InputError(str(path / name), "content that differs from the card", f"{digest}")
     try:
-        weights = safetensors.torch.load(content[WEIGHTS])
+        weights = tensors_of(content[WEIGHTS])
         masks, kept = (
-            safetensors.torch.load(content[name]) if name in content else {}
-            for name in (MASKS, KEPT)
+            tensors_of(content[name]) if name in content else {} for name in (MASKS, KEPT)
         )
-        architecture = json.loads(content[ARCHITECTURE])
+        architecture = json_of(content[ARCHITECTURE])
         tokenizer = content.get(TOKENIZER, b"").decode()
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(str(path), f"unreadable content ({error})", "a bundle") from error
+    if not isinstance(architecture, dict):
+        found = type(architecture).__name__
+        raise InputError(str(path / ARCHITECTURE), found, "a table that says how to build it")
+    for name, group in ((MASKS, masks), (KEPT, kept)):
+        for key, mask in group.items():
+            if mask.dtype is not torch.bool:
+                raise InputError(str(path / name), f"{mask.dtype} as {key}", "truth values")
     digest = hashlib.sha256(card_bytes).hexdigest()
     return Bundle(weights, architecture, masks, kept, card, digest, tokenizer)
 
@@ -255,9 +265,28 @@ def digest(tensors: Tensors) -> str:
 
 def _bytes(path: Path, name: str) -> bytes:
     try:
-        return (path / name).read_bytes()
-    except OSError as error:
+        return read_bytes(path / name)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(str(path / name), "no such file", "a bundle's folder") from error
+    except OSError as error:
+        raise InputError(str(path / name), f"unreadable ({error.strerror})", "a file") from error
+
+
+def _is_card(card: Mapping[str, Any]) -> bool:
+    """Tell whether a card has what those who pass a bundle on take from it, of the right kinds."""
+    kinds = {"stage": str, "config": dict, "seed": int, "data": str, "metrics": dict}
+    lineage = card["lineage"]
+    return (
+        all(isinstance(card[key], kind) for key, kind in kinds.items())
+        and isinstance(lineage, list)
+        and all(
+            isinstance(each, dict)
+            and isinstance(each.get("stage"), str)
+            and isinstance(each.get("digest"), str)
+            for each in lineage
+        )
+        and all(isinstance(digest, str) for digest in card["files"].values())
+    )
 
 
 def _tensors(tensors: Tensors) -> bytes:

@@ -1,7 +1,6 @@
 """The configuration of a training run: validated, written back, compared."""
 
 import difflib
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +21,7 @@ from hansa.federation.rules import Rules
 from hansa.federation.tree import ROOT, Tree
 from hansa.models.language import LANGUAGE
 from hansa.pruning.options import PruningOptions
+from hansa.untrusted import read_text, toml_of
 
 
 class _Section(BaseModel):
@@ -209,10 +209,10 @@ def read(path: Path) -> dict[str, Any]:
         InputError: no such file, or no TOML.
     """
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return toml_of(read_text(path))
     except FileNotFoundError as error:
         raise InputError(str(path), "no such file", "a configuration in TOML") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(str(path), f"no TOML ({error})", "a configuration in TOML") from error
     except OSError as error:
         raise InputError(str(path), f"unreadable ({error.strerror})", "a file") from error
@@ -229,8 +229,8 @@ def override(values: dict[str, Any], text: str) -> dict[str, Any]:
     if not equals or not all(parts):
         raise InputError("--set", repr(text), "key=value, such as training.lr=0.1")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = toml_of(f"value = {value}")["value"]
+    except ValueError:
         parsed = value
     return _put(values, parts, parsed, key.strip())
 

@@ -1,6 +1,5 @@
 """The domains behind one interface, the frozen cases of each, and a user's own recorded traffic."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +15,7 @@ from hansa.audit.manipulate import Arm, Tampered, manipulate
 from hansa.audit.names import pool
 from hansa.audit.paths import written
 from hansa.errors import InputError
+from hansa.untrusted import json_of, read_text
 
 Faults = Callable[[Any, float | None], list[str]]
 
@@ -71,8 +71,8 @@ def recorded(path: Path) -> Domain:
         InputError: a file that cannot be read, or a line that is no case.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise InputError("domains", f"{path} ({error})", "a file of cases, one a line") from error
     cases = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -106,8 +106,8 @@ def read_cases(text: str, name: str, key: str) -> tuple[Case, ...]:
 
 def _json(text: str, key: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return json_of(text)
+    except ValueError as error:
         raise InputError(key, f"no JSON ({error})", "JSON") from error
 
 

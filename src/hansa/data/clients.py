@@ -7,10 +7,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from hansa.errors import InputError
 from hansa.files import write_atomic
+from hansa.tensor_files import read_tensors
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -102,9 +103,9 @@ class Client:
 
         Raises:
             FileNotFoundError: nothing is there.
-            SafetensorError: what is there is something else.
+            ValueError: what is there is something else.
         """
-        held = load_file(path)
+        held = read_tensors(path)
         ends = np.cumsum([0, *held["sizes"].tolist()])
         splits = {
             split: np.arange(start, end)

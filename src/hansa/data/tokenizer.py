@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hansa.errors import InputError, first_line
+from hansa.untrusted import json_of
 
 Tokens = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -75,7 +76,7 @@ class BPE(Tokenizer):
     def __init__(self, form: str) -> None:
         tokenizers = library()
         try:
-            held = json.loads(form)
+            held = json_of(form)
             self._inner = tokenizers.Tokenizer.from_str(form)
         except Exception as error:  # the library raises plain Exception
             raise InputError(
@@ -133,7 +134,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         InputError: it is something else, or the library ``tokenizers`` is missing.
     """
     try:
-        held = json.loads(text)
+        held = json_of(text)
     except ValueError as error:
         raise InputError("tokenizer", f"no JSON ({first_line(error)})", "a tokeniser") from error
     if held == {"kind": "bytes"}:

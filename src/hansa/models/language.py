@@ -9,7 +9,6 @@ have no part in training here, and are switched off; so is dropout, unless it is
 import copy
 import difflib
 import importlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from hansa.errors import InputError, first_line
+from hansa.untrusted import json_of, read_text
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {
@@ -40,9 +40,9 @@ _RUN_SETS = {
     "use_cache": False,
     "return_dict": True,
     "dtype": "float32",
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,  # the embedding of a token that pads would not be trained
+    "bos_token_id": None,  # nosec B105 # a token of text
+    "eos_token_id": None,  # nosec B105 # a token of text
+    "pad_token_id": None,  # nosec B105 # a token of text: the embedding of a token that pads would not be trained
 }
 _ELSEWHERE = {"auto_map", "quantization_config", "torch_dtype", "attn_implementation"}
 """Keys of a configuration that ask for code, kernels or number formats from elsewhere."""
@@ -179,7 +179,7 @@ def read_config(path: str) -> dict[str, Any]:
     place = Path(path)
     place = place / "config.json" if place.is_dir() else place
     try:
-        values = json.loads(place.read_text(encoding="utf-8"))
+        values = json_of(read_text(place))
     except (OSError, ValueError) as error:
         raise InputError(
             "model.options.config",

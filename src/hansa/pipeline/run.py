@@ -21,7 +21,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hansa.bundle import read_bundle
@@ -31,6 +31,7 @@ from hansa.pipeline.kinds import KINDS, Job
 from hansa.pipeline.options import PipelineOptions, StageOptions, load
 from hansa.report.pipeline import report
 from hansa.runs import claim, locked
+from hansa.untrusted import json_of, read_text
 
 FORMAT = 1
 Watch = Callable[[str, str, int, int], None]
@@ -222,9 +223,10 @@ class _Line:
         """Return what a stage made, its bundle verified."""
         file = folder / _OUTCOME
         try:
-            told = json.loads(file.read_text())
+            told = json_of(read_text(file))
             found = {key: told[key] for key in ("bundle", "digest", "report", "seconds", "figures")}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            _check_outcome(found)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(str(file), f"unreadable ({error})", "what the stage wrote") from error
         if found["bundle"] is not None:
             whole = self._path / str(found["bundle"])
@@ -252,6 +254,31 @@ class _Line:
 
     def _relative(self, path: Path | None) -> str | None:
         return None if path is None else path.relative_to(self._path).as_posix()
+
+
+def _check_outcome(found: Mapping[str, Any]) -> None:
+    """Refuse values of other kinds, and paths that lead out of the pipeline's folder.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key in ("bundle", "digest", "report"):
+        value = found[key]
+        if not (value is None or isinstance(value, str)):
+            raise ValueError(f"{key} is no text")
+    for key in ("bundle", "report"):
+        place = PurePosixPath(found[key] or "")
+        if "\0" in str(place) or str(place).encode(errors="replace").decode() != str(place):
+            raise ValueError(f"{key} is no path")
+        if place.is_absolute() or ".." in place.parts or "\\" in str(place) or ":" in str(place):
+            raise ValueError(f"{key} leads out of the folder")
+    if not (found["seconds"] is None or type(found["seconds"]) in (int, float)):
+        raise ValueError("seconds is no number")
+    figures = found["figures"]
+    if figures is not None and not (
+        isinstance(figures, dict) and all(isinstance(value, str) for value in figures.values())
+    ):
+        raise ValueError("figures are no texts")
 
 
 def _key(stage: StageOptions, seed: int, needed: Iterable[Planned]) -> str:

@@ -61,8 +61,11 @@ def load_model(path: str, context: int) -> Loaded:
         return Loaded(merged(module.model), architecture, bundle.tokenizer, None, bundle)
     transformers = _library()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        # Weights from elsewhere are data, and so is whatever lies beside them.
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(
             _KEY,

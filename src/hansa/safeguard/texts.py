@@ -1,7 +1,6 @@
 """Safeguards of a real model: retained and restricted text, questions, and pairs of answers."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from hansa.safeguard.rows import (
     client_of,
 )
 from hansa.seeding import generator
+from hansa.untrusted import MOST_BYTES, json_of, read_text
 
 Encode = Callable[[str], list[int]]
 _LETTERS = "ABCDEFGHIJ"
@@ -285,15 +285,15 @@ def _records(path: str, fields: tuple[str, ...], key: str) -> Iterator[dict[str,
         InputError: no such file, a line that is no object, or one without a field.
     """
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(Path(path), MOST_BYTES).splitlines()
+    except (OSError, ValueError) as error:
         raise InputError(key, f"{path} that cannot be read ({error})", "a jsonl file") from error
     count = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json_of(line)
         except ValueError as error:
             raise InputError(key, f"line {number} of {path}, no JSON", "jsonl") from error
         if not isinstance(record, dict) or not set(fields) <= set(record):
