@@ -30,6 +30,7 @@ from hansa.federation.methods.base import Method
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
 from hansa.federation.tree import Tree
+from hansa.federation.wire import decode, encode
 from support import clients, engine, everything, made, run, same
 
 
@@ -180,13 +181,25 @@ def spoiled(**changes: Any) -> Callable[[Answer], Answer]:
 
 
 def _not_finite(answer: Answer) -> Answer:
-    from hansa.federation.wire import decode, encode
-
     reply = decode(answer.body)
     name = next(iter(reply.group("model")))
     values = {**reply.group("model"), name: reply.group("model")[name] * math.nan}
     groups = {**reply.groups, "model": values}
     return replace(answer, body=encode(Message(groups, reply.scalars, reply.metrics)))
+
+
+def _no_metric(answer: Answer) -> Answer:
+    reply = decode(answer.body)
+    told = {**reply.metrics, "loss": (math.inf, 1.0)}
+    return replace(answer, body=encode(Message(reply.groups, reply.scalars, told)))
+
+
+def _weighing(weight: float) -> Callable[[Answer], Answer]:
+    def spoil(answer: Answer) -> Answer:
+        reply = decode(answer.body)
+        return replace(answer, body=encode(Message(reply.groups, {"weight": weight})))
+
+    return spoil
 
 
 GARBAGE = {
@@ -197,6 +210,10 @@ GARBAGE = {
         "differs from the model",
     ),
     "without a weight": (spoiled(body=encoded(Message(scalars={"x": 1}))), "weight"),
+    "a metric that is no number": (_no_metric, "the metric loss is inf"),
+    "metrics beside it": (spoiled(metrics={"loss": (math.nan, 1.0)}), "the metric loss is nan"),
+    "a weight that is no number": (_weighing(math.nan), "weight is nan"),
+    "a negative weight": (_weighing(-1.0), "weight"),
     "refused": (spoiled(status="refused", error="no data"), "no data"),
 }
 
@@ -209,7 +226,7 @@ def test_a_reply_of_no_use_is_left_out_and_named(case, tmp_path, caplog) -> None
     found.post.spoil["root/c1", 2] = spoil
     results = rounds(found)
     visit = results[1].visits[1]
-    assert (visit.fate, visit.up) == ("failed", 0)
+    assert (visit.fate, visit.up) == ("failed" if case == "refused" else "excluded", 0)
     assert why in visit.error
     assert "c1" in caplog.text
     assert [visit.fate for visit in results[2].visits] == ["ok"] * 3
