@@ -29,6 +29,7 @@ from hansa.federation.methods import METHODS, FedAvg, FedSelect
 from hansa.federation.methods.base import Method
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
+from hansa.federation.robust import Robust
 from hansa.federation.tree import Tree
 from hansa.federation.wire import decode, encode
 from support import clients, engine, everything, made, run, same
@@ -238,6 +239,27 @@ def test_a_reply_of_no_use_is_left_out_and_named(case, tmp_path, caplog) -> None
     run(expected, 2)
     rounds(alone, 2)
     assert same(alone.state().group("model"), expected.state().group("model"))
+
+
+@pytest.mark.parametrize("name", ["fedavg", "scaffold", "fedselect"])
+@pytest.mark.parametrize(
+    "robust",
+    [
+        Robust(rule="median"),
+        Robust(rule="multi_krum", attackers=0),
+        Robust(rule="geometric_median"),
+        Robust(rule="norm_bound"),
+    ],
+    ids=lambda robust: robust.rule,
+)
+def test_robust_rules_give_the_local_engines_bits(name, robust, tmp_path) -> None:
+    local, far = engine(made(name)), engine(made(name))
+    local.setup = far.setup = replace(local.setup, robust=robust)
+    found = remote(far, tmp_path)
+    rounds(found, 2)
+    run(local, 2)
+    for group, tensors in local.state().groups.items():
+        assert same(found.state().group(group), tensors), group
 
 
 def test_a_loss_that_is_no_number_stops_the_run_or_is_dropped(tmp_path) -> None:
