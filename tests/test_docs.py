@@ -17,8 +17,10 @@ from hansa.config import load
 from hansa.curation.options import CurationOptions, Guard, ThresholdOptions, WarmUp
 from hansa.curation.scores import SCORES
 from hansa.data.corruption import Corruption
+from hansa.federation.attackers import Attackers, Kind
 from hansa.federation.methods import METHODS
 from hansa.federation.methods.official import QUIRKS
+from hansa.federation.robust import Robust, Rule
 from hansa.pruning import SCORERS
 from hansa.pruning.options import PruningOptions
 from hansa.safeguard.phases import AnyPhase
@@ -139,6 +141,14 @@ def test_every_scorer_and_option_of_pruning_is_documented() -> None:
         for key in keys | set(PruningOptions.model_fields)
         if f"`{key}" not in text and f"`pruning.{key}" not in text
     ]
+
+
+def test_every_rule_attack_and_option_of_robustness_is_documented() -> None:
+    text = (ROOT / "docs" / "robustness.md").read_text()
+    for name in (*get_args(Rule), *get_args(Kind), *Robust.model_fields, *Attackers.model_fields):
+        assert f"`{name}`" in text or f"{name} = " in text, name
+    (values,) = blocks(ROOT / "docs" / "robustness.md", "toml")
+    load(tomllib.loads(values))
 
 
 def test_the_documented_configuration_is_valid() -> None:

@@ -12,11 +12,13 @@ from hansa.curation.options import CurationOptions
 from hansa.data.federate import DataOptions
 from hansa.data.text import TextOptions
 from hansa.errors import InputError
+from hansa.federation.attackers import Attackers
 from hansa.federation.engines.plan import EngineOptions
 from hansa.federation.methods import FedAvg, Method, method_class, named
 from hansa.federation.node import Buffers
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
+from hansa.federation.robust import Robust
 from hansa.federation.rules import Rules
 from hansa.federation.tree import ROOT, Tree
 from hansa.models.language import LANGUAGE
@@ -113,6 +115,10 @@ class RunConfig(_Section):
     method: Method = FedAvg()
     """The algorithm; ``method.name`` is one of ``METHODS`` or ``module:Class``."""
     participation: Participation = Participation()
+    robust: Robust | None = None
+    """The rule by which replies are merged; the weighted mean where it is not set."""
+    attackers: Attackers | None = None
+    """Simulated attackers among the clients."""
     tree: TreeOptions = TreeOptions()
     engine: RunEngine = RunEngine()
 
@@ -267,6 +273,9 @@ def _validate(values: dict[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise explain(error, kind, options, "method.") from error
     _check_scored(config)
+    if config.robust is not None and config.pruning is not None:
+        found = "a table beside [robust], whose rule does not cover the exchange of gradients"
+        raise InputError("pruning", found, "one of them")
     return config
 
 

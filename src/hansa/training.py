@@ -164,6 +164,7 @@ class Trial:
             "bundle": self.parent.digest if self.parent else "none",
             "clients": len(self.data.clients),
             "classes": list(self.data.classes),
+            **({"attackers": list(names)} if (names := self.federation.attackers) else {}),
         }
 
     def write_bundle(
@@ -282,6 +283,8 @@ def prepare(
         compare_up_to=config.compare_up_to,
         objective=objective_of(architecture, data.bytes_of),
         rules={name: node.rules for name, node in config.nodes.items()},
+        robust=config.robust,
+        attackers=config.attackers,
     )
     return Trial(config, data, architecture, parent, model, federation)
 

@@ -68,8 +68,11 @@ class Charter:
         task = config.method.adapted(task, config.training)
         moments = config.text is not None
         buffers, seed = config.model.buffers, config.seed
-        setup = Setup(task, config.training, buffers, seed, moments=moments)
+        setup = Setup(task, config.training, buffers, seed, moments=moments, robust=config.robust)
         config.method.check(setup, self.depth)
+        if config.robust is not None:
+            num = len(config.participation.choose(self.children, 0, self.path, 1))
+            config.robust.check(num, name_of(self.path))
         return setup
 
     @cached_property

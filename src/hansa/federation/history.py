@@ -1,6 +1,7 @@
 """What a run measured, as tables, and their summary."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -191,6 +192,12 @@ class History:
             totals[number] = (before[0] + up, before[1] + down)
         return totals
 
+    def excluded(self) -> dict[str, int]:
+        """Return name of a node -> rounds in which its reply was of no use; those with any."""
+        ledger = self.table("ledger")
+        names = ledger["node"].filter(pc.equal(ledger["fate"], "excluded")).to_pylist()
+        return dict(sorted(Counter(map(name_of, names)).items()))
+
     def chosen_round(self) -> int | None:
         """Return the scored round that does best on validation data, the first among equals.
 
@@ -215,10 +222,12 @@ class History:
         Metrics are those of the last scored round, and under ``..._chosen`` of the round that does
         best on validation data. A language model has two moments: after the aggregation, and
         ``..._after_local_steps``. ``csr`` is the upload as
-        papers on sparse training count it (``wire.csr_size``).
+        papers on sparse training count it (``wire.csr_size``). ``excluded`` names nodes whose
+        replies were of no use, with the number of rounds, where there are any.
         """
         metrics = self._of_language() if self.is_language else self._of_classes()
         totals = self.bytes().values()
+        excluded = self.excluded()
         return {
             "rounds": self.num_rounds,
             "metrics": metrics,
@@ -229,6 +238,7 @@ class History:
             },
             "speed": self._speed(),
             "seconds": round(sum(self.table("rounds")["seconds"].to_pylist()), 3),
+            **({"excluded": excluded} if excluded else {}),
         }
 
     def _of_classes(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hansa.seeding import numpy_generator
 
-Fate = Literal["ok", "late", "failed", "spent"]
+Fate = Literal["ok", "late", "failed", "spent", "excluded"]
+"""What becomes of a child in a round; ``excluded``: it replied, and what it sent is of no use."""
 
 
 class Participation(BaseModel):

@@ -21,7 +21,7 @@ from hansa.federation.leaf import (
     Metrics,
     Scores,
 )
-from hansa.federation.message import Message, State
+from hansa.federation.message import Message, State, check_finite
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Child, Node, Reply, Setup
 from hansa.federation.participation import Fate, Participation
@@ -40,13 +40,14 @@ class Visit:
 
     Attributes:
         path: the child.
-        fate: ``ok``, ``late`` (past the deadline) or ``failed``.
+        fate: ``ok``, ``late`` (past the deadline), ``failed``, ``spent`` (its privacy budget), or
+            ``excluded`` (what it sent is of no use, and was not merged).
         down: bytes of the message it was sent, as encoded; 0 for an empty one.
         up: bytes of its reply; 0 when none came or it was empty.
         csr: bytes of its reply as papers on sparse training count them (``wire.csr_size``).
         seconds: simulated seconds of its local work; 0 at an inner node.
         metrics: metrics of its local training as (sum, count).
-        error: why it failed, where that is known.
+        error: why it failed or was excluded, where that is known.
     """
 
     path: str
@@ -255,6 +256,26 @@ class Engine(ABC):
         take = self.method.held if scored else self.method.receive
         before = self.store.get(ask.path)
         return child, counted(take(child, before, ask.down), before)
+
+    def check_reply(
+        self, node: Node, state: State, path: str, reply: Message, metrics: Metrics | None = None
+    ) -> None:
+        """Refuse a child's reply that cannot be merged: so its sender alone loses the round.
+
+        Args:
+            node: the inner node.
+            state: its state when it dispatched.
+            path: the child.
+            reply: what it sent.
+            metrics: metrics of its training.
+
+        Raises:
+            MessageError: something in it is no number, or does not fit the method.
+        """
+        check_finite(reply, metrics)
+        if reply:
+            link = self.store.get(link_key(node.path, path))
+            self.method.fits(node, state, Child(path, link), reply)
 
     def merge(self, node: Node, before: State, replies: Iterable[tuple[str, Message]]) -> State:
         """Keep what an inner node makes of its children's replies, and return its new state.

@@ -19,6 +19,7 @@ class Centralised(FedAvg):
     inner: ClassVar[Inner | None] = None
     max_depth: ClassVar[int | None] = 1
     pools: ClassVar[bool] = True
+    averages: ClassVar[bool] = False
 
     def check(self, setup: Setup, depth: int) -> None:
         """Refuse running statistics that would stay where the data are pooled."""

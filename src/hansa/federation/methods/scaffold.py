@@ -11,7 +11,6 @@ import torch
 from pydantic import Field
 
 from hansa.errors import InputError
-from hansa.federation.aggregation import WeightedMean
 from hansa.federation.message import Message, State
 from hansa.federation.methods.base import Inner, Work, train_step
 from hansa.federation.methods.fedavg import FedAvg
@@ -87,9 +86,16 @@ class Scaffold(FedAvg):
         for path, down in super().dispatch(node, state, children):
             yield path, Message({**down.groups, "control": state.group("control")})
 
+    def fits(self, node: Node, state: State, child: Child, reply: Message) -> None:
+        """Refuse a reply without a whole model, a weight and the variate's change."""
+        super().fits(node, state, child, reply)
+        reply.require("control", state.group("control"))
+
     def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
         """Return model and control variate after their steps; the latter over all children."""
-        changes = WeightedMean()
+        changes = node.setup.mean(
+            {n: torch.zeros_like(c) for n, c in state.group("control").items()}
+        )
         num = 0
 
         def watched() -> Iterator[Reply]:
