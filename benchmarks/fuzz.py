@@ -100,7 +100,7 @@ def watched(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state, used = folder / "state", 0.0
-    tried, found = 0, []
+    tried, found = 0, list[dict[str, str]]()
     while used < seconds and len(found) < 20:
         state.write_bytes(bytes(_HELD.size + _ROOM))
         if (process := os.fork()) == 0:

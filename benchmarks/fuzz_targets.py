@@ -222,7 +222,7 @@ def recorded_letter(data: bytes, folder: Path) -> object:
     from hansa.federation.engines.flower.records import from_records
 
     text, _, body = data.partition(b"\n")
-    held = {"about": text.decode(errors="replace") if data[:1] != b"\0" else text}
+    held: Any = {"about": text.decode(errors="replace") if data[:1] != b"\0" else text}
     content = RecordDict({"hansa": ConfigRecord(held)})
     if body:
         array = Array("uint8", (len(body),), "hansa.message", body)

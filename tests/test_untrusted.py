@@ -24,12 +24,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from hansa import bundle, parquet
 from hansa.audit.paths import parse
 from hansa.audit.plan import read_plan
 from hansa.config import load, read
 from hansa.curation.masks import read_kept
+from hansa.data.clients import Client
 from hansa.data.sources import SourceOptions
 from hansa.data.sources import load as open_source
 from hansa.data.text_sources import Query
@@ -246,6 +248,23 @@ def test_numbers_that_pytorch_has_not_are_an_error_with_a_name(kind: str) -> Non
     header = json.dumps({"a": {"dtype": kind, "shape": [2], "data_offsets": [0, 2]}}).encode()
     with pytest.raises(ValueError, match="malformed"):
         tensors_of(struct.pack("<Q", len(header)) + header + bytes(2))
+
+
+@pytest.mark.parametrize("sizes", [[1 << 34, 0, 0], [4, -1, 1], [4], [2, 1, 0]])
+def test_a_client_of_more_samples_than_there_are_is_refused(
+    sizes: list[int], tmp_path: Path
+) -> None:
+    held = {"inputs": torch.zeros(4, 2), "labels": torch.zeros(4, dtype=torch.int64)}
+    save_file({**held, "sizes": torch.tensor(sizes)}, tmp_path / "c")
+    with pytest.raises(ValueError, match="samples where there are 4"):
+        Client.load(tmp_path / "c")
+
+
+def test_a_row_of_columns_that_is_no_csv_is_named(tmp_path: Path) -> None:
+    for name in ("base-0", "info"):
+        (tmp_path / f"blox-{name}.csv").write_text('model_hash,"a"b\n')
+    with pytest.raises(InputError, match="allowed: csv"):
+        open_table(tmp_path)
 
 
 # Parquet and images.

@@ -106,7 +106,12 @@ class Client:
             ValueError: what is there is something else.
         """
         held = read_tensors(path)
-        ends = np.cumsum([0, *held["sizes"].tolist()])
+        sizes = held["sizes"].flatten().tolist()
+        count = len(held["labels"]) if held["labels"].dim() else -1
+        whole = all(type(size) is int and 0 <= size <= count for size in sizes)
+        if len(sizes) != len(SPLITS) or not whole or sum(sizes) != count:
+            raise ValueError(f"splits of {sizes[:3]} samples where there are {count}")
+        ends = np.cumsum([0, *sizes])
         splits = {
             split: np.arange(start, end)
             for split, start, end in zip(SPLITS, ends, ends[1:], strict=False)

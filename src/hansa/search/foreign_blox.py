@@ -166,9 +166,13 @@ def _rows(path: Path, kind: str, columns: Sequence[str]) -> tuple[dict[str, str]
         if header.get(key, value) != value:
             raise InputError(f"{path}: {key}", header[key], value)
     reader = csv.DictReader(io.StringIO("\n".join(lines[first:])), strict=True)
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    try:
+        known = reader.fieldnames or ()
+    except csv.Error as error:
+        raise InputError(str(path), error, "csv") from None
+    missing = [name for name in columns if name not in known]
     if missing:
-        raise InputError(str(path), f"columns {reader.fieldnames}", f"also {missing}")
+        raise InputError(str(path), f"columns {known}", f"also {missing}")
     rows: Rows = {}
     try:
         for row in reader:
