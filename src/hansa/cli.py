@@ -19,6 +19,7 @@ from hansa.cli_parts import Json, follow
 from hansa.cli_parts import progress as _progress
 from hansa.cli_parts import told as _told
 from hansa.cli_search import app as search_app
+from hansa.cli_ui import ui
 from hansa.errors import InputError
 
 app = typer.Typer(
@@ -235,6 +236,7 @@ def report(
 app.command()(cli_pipeline.pipeline)
 app.command()(cli_safeguard.safeguard)
 app.command()(cli_safeguard.redteam)
+app.command()(ui)
 
 app.add_typer(audit_app, name="audit")
 app.add_typer(bundle_app, name="bundle")

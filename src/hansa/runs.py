@@ -27,6 +27,7 @@ import logging
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -372,11 +373,27 @@ def locked(folder: Path) -> Iterator[None]:
         BusyError: another process is at work on it.
     """
     with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BusyError(str(folder), "a run under way", "an idle run") from error
+        for patience in (0.05, 0.05, 0.0):  # one that only looks (`is_locked`) is gone by then
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if not patience:
+                    raise BusyError(str(folder), "a run under way", "an idle run") from error
+                time.sleep(patience)
         yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Tell whether a process is at work on a folder; nothing is written, and nobody kept out."""
+    try:
+        with (folder / ".lock").open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @contextmanager

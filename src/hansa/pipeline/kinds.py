@@ -15,11 +15,10 @@ from hansa.config import load as load_run
 from hansa.curate import curate
 from hansa.errors import InputError
 from hansa.export import export
-from hansa.pipeline import figures
 from hansa.pipeline.profiling import ProfileStage, profile
 from hansa.prune import prune
 from hansa.redteam import redteam, with_scorecard
-from hansa.report import report
+from hansa.report import figures, report
 from hansa.runs import Run
 from hansa.safeguarding import safeguard
 from hansa.training import completed

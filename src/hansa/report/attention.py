@@ -48,7 +48,7 @@ def attention_of(run: Run, named: str = "") -> list[Part]:
             "a share of its maximum: 100 % where all weights are equal."
         )
         svg = stacks(panels, title=title, x="round", line="entropy, share of its maximum")
-        parts.append(plot(title, caption, svg, headed=True))
+        parts.append(plot(title, caption, svg))
     return [*parts, *_down(run, order, named)]
 
 

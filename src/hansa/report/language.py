@@ -156,7 +156,7 @@ def tree_of(run: Run, named: str = "") -> Part:
             " A dashed frame: training is private, and \N{GREEK SMALL LETTER EPSILON} is what it "
             "has spent."
         )
-    return plot(title, caption, draw(tree, boxes, title), headed=True)
+    return plot(title, caption, draw(tree, boxes, title))
 
 
 def nodes_of(run: Run, named: str = "") -> Part:
@@ -336,7 +336,7 @@ def _curves(
         return []
     svg = moments(panels, title=title, x="round", y="perplexity", names=MOMENTS)
     caption += f" Solid: {MOMENTS[0]}; dashed: {MOMENTS[1]}."
-    return [plot(title, caption, svg, headed=len(panels) > 1)]
+    return [plot(title, caption, svg)]
 
 
 def _last(run: Run, split: str, metric: str) -> dict[str, float]:

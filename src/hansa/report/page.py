@@ -13,7 +13,9 @@ from hansa.federation.tree import ROOT
 from hansa.files import write_atomic
 from hansa.report import language
 from hansa.report.effort import private_nodes
+from hansa.report.federation import federation
 from hansa.report.kept import kept
+from hansa.report.lineage import lineage
 from hansa.report.parts import Part, plot, table
 from hansa.report.plots import Series, dots, heatmap, lines, size
 from hansa.runs import Run
@@ -50,18 +52,20 @@ def report(runs: Sequence[Run], out: Path | None = None) -> Path:
     labelled = dict(zip(_labels(runs), runs, strict=True))
     absent, speed = _absences(labelled, is_language), _speed(labelled, is_language)
     first, seed = runs[0], f"seed {runs[0].config.seed}"
+    origin = lineage(first.path / "bundle") if len(runs) == 1 else []
     content: dict[str, Any]
     if is_language:
         content = {
             "lead": language.lead(first, f"{_methods(labelled)}, {seed}"),
-            "tables": [language.results(labelled), *absent, *_kept(labelled), speed],
+            "tables": [language.results(labelled), *absent, *_kept(labelled), speed, *origin],
             "scored": [],
             "plots": language.plots(labelled),
         }
     else:
         content = {
             "lead": lead(first, seed),
-            "tables": [_results(labelled), *absent, speed],
+            "drawing": [federation(first)] if len(runs) == 1 else [],
+            "tables": [_results(labelled), *absent, speed, *origin],
             "scored": [(k, SCORED[run.config.method.scored]) for k, run in labelled.items()],
             "plots": _plots(labelled),
         }
@@ -84,15 +88,21 @@ def write_page(page: Path, **content: Any) -> Path:
     """
     if page.is_dir() or not page.name:
         raise InputError("--out", f"{str(page)!r}, a folder", "a file to write")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        files("hansa.report").joinpath("page.html.j2").read_text("utf-8")
-    )
+    text = filled(**content)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(page, template.render(**content))
+        write_atomic(page, text)
     except OSError as error:
         raise InputError(str(page), f"no place to write ({error.strerror})", "a path") from error
     return page
+
+
+def filled(**content: Any) -> str:
+    """Return a page as text, with the template's gaps filled and every value escaped."""
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        files("hansa.report").joinpath("page.html.j2").read_text("utf-8")
+    )
+    return template.render(**content)
 
 
 def _kept(runs: dict[str, Run]) -> list[Part]:

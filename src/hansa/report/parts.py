@@ -8,14 +8,11 @@ from markupsafe import Markup
 Part = dict[str, Any]
 
 
-def plot(title: str, caption: str, svg: str, folded: bool = False, headed: bool = False) -> Part:
-    """Return a plot; a folded one is opened by a click.
-
-    ``headed`` says that the page writes the title above it, where the SVG itself does not.
-    """
+def plot(title: str, caption: str, svg: str, folded: bool = False) -> Part:
+    """Return a plot, which stands below its title; a folded one is opened by a click."""
     # The SVG is Hansa's own output; the texts in it were escaped when it was written.
     svg = Markup(svg)  # noqa: S704 # nosec B704 # as the line above says
-    return {"title": title, "caption": caption, "svg": svg, "folded": folded, "headed": headed}
+    return {"title": title, "caption": caption, "svg": svg, "folded": folded}
 
 
 def table(

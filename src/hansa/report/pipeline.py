@@ -1,8 +1,141 @@
-"""Placeholder until the page is merged."""
+"""The page about a pipeline: its line of stages, drawn, and the page of each stage within it."""
 
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from hansa.errors import InputError
+from hansa.report.line import Stop, draw
+from hansa.report.lineage import lineage
+from hansa.report.page import write_page
+from hansa.report.parts import Part, plot, table
+
+Stage = Mapping[str, Any]
+_REFERENCE = re.compile(r'\b(id|aria-labelledby|aria-describedby)="|\b(href)="#|url\(#')
+_HEADING = re.compile(r"(</?h)([1-4])\b")
+_SHORT = 12
+"""Hexadecimal digits of a digest that are shown where it has to be short."""
 
 
 def report(folder: Path) -> Path:
-    """Return where the page will be."""
-    return folder / "report.html"
+    """Write one self-contained HTML page about a pipeline, finished or not, and return its path.
+
+    Args:
+        folder: the pipeline's, with its ``pipeline.json``.
+
+    Raises:
+        InputError: no pipeline there, one of another format, or a page that cannot be written.
+    """
+    told = read(folder)
+    stages: list[Stage] = told["stages"]
+    done = sum(stage["state"] == "done" for stage in stages)
+    bundles = [stage["bundle"] for stage in stages if stage["bundle"]]
+    config = folder / "config.toml"
+    return write_page(
+        folder / "report.html",
+        title=f"{told['name']}, pipeline",
+        lead=f"{done} of {len(stages)} stages done, seed {told['seed']}",
+        drawing=[_drawing(stages)],
+        tables=[_table(stages), *(lineage(folder / bundles[-1]) if bundles else [])],
+        scored=[],
+        plots=[],
+        stages=[_embedded(folder, number, stage) for number, stage in enumerate(stages)],
+        configurations=[("pipeline", config.read_text())] if config.is_file() else [],
+    )
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return what a pipeline says of itself.
+
+    Raises:
+        InputError: no pipeline there, or one of another format.
+    """
+    path = folder / "pipeline.json"
+    try:
+        told = json.loads(path.read_text())
+        known = told["format"] == 1 and isinstance(told["stages"], list)
+        keys = {"name", "kind", "state", "folder", "start", "bundle", "digest", "report", "seconds"}
+        known = known and all(keys <= set(stage) for stage in told["stages"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(str(path), f"no pipeline ({error})", "that of a pipeline") from error
+    if not known:
+        raise InputError(str(path), "another format", "format 1")
+    return dict(told)
+
+
+def _drawing(stages: Sequence[Stage]) -> Part:
+    title = "The line of stages"
+    stops = []
+    for stage in stages:
+        lines = [_called(stage), _state(stage)]
+        if stage["digest"]:
+            lines.append(f"bundle {stage['digest'][:_SHORT]}")
+        for label, text in (stage.get("figures") or {}).items():
+            lines.append(f"{label}: {text}")
+        stops.append(Stop(stage["name"], tuple(lines), stage["start"], stage["state"]))
+    caption = (
+        "From top to bottom in the order in which stages are done. An arrow leads from the stage "
+        "whose bundle one starts from. A bold frame: under way; a dashed one: still waiting."
+    )
+    return plot(title, caption, draw(stops, title))
+
+
+def _table(stages: Sequence[Stage]) -> Part:
+    rows = [
+        [
+            stage["name"],
+            stage["kind"],
+            stage["state"],
+            "-" if stage["seconds"] is None else f"{stage['seconds']:.1f}",
+            stage["start"] or "-",
+            (stage["digest"] or "-")[:_SHORT],
+            "; ".join(f"{k}: {v}" for k, v in (stage.get("figures") or {}).items()) or "-",
+        ]
+        for stage in stages
+    ]
+    columns = ["stage", "kind", "state", "seconds", "starts from", "bundle", "figures"]
+    note = "Seconds are those of the attempt that came to the stage's end. A bundle is named by "
+    note += f"the first {_SHORT} digits of its digest."
+    return table("Stages", columns, rows, note, words=True)
+
+
+def _embedded(folder: Path, number: int, stage: Stage) -> Part:
+    """Return a stage's title and its own page, as far as there is one, as a part of this one."""
+    title = f"{_called(stage)}: {_state(stage)}"
+    content = Markup("<p>It has no page of its own{}.</p>").format(
+        "" if stage["state"] == "done" else " yet"
+    )
+    if stage["report"]:
+        try:
+            text = (folder / stage["report"]).read_text()
+        except OSError:
+            text = ""
+        link = Markup('<p><a href="{}">The page of this stage alone</a></p>').format(
+            stage["report"]
+        )
+        # What a stage wrote is a page by the same template, its values escaped when it was filled.
+        body = text.partition("<body>")[2].rpartition("</body>")[0]
+        within = _within(body, f"stage-{number}-")
+        content = link + Markup(within)  # noqa: S704
+    return {"title": title, "content": content}
+
+
+def _within(body: str, prefix: str) -> str:
+    """Return a page's content with names of its own and with headings of a lower level."""
+    body = re.sub("</?main>", "", body)
+    body = _REFERENCE.sub(lambda found: found.group() + prefix, body)
+    return _HEADING.sub(lambda found: f"{found[1]}{int(found[2]) + 2}", body)
+
+
+def _called(stage: Stage) -> str:
+    named = stage["name"]
+    return named if named == stage["kind"] else f"{named} ({stage['kind']})"
+
+
+def _state(stage: Stage) -> str:
+    seconds = stage["seconds"]
+    return stage["state"] if seconds is None else f"{stage['state']}, {seconds:.1f} s"

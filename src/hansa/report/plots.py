@@ -1,9 +1,15 @@
-"""Plots as SVG that stands inside a page: its text and axes take the page's colour and font."""
+"""Plots as SVG that stands inside a page: its text and axes take the page's colour and font.
+
+A plot's title stands above it in the page, where it can break, and not in the SVG. Its legend is
+below it and its size follows from the size of its text, so that a phone shows it as a whole.
+"""
 
 import io
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,6 +17,7 @@ import numpy as np
 matplotlib.use("svg")
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -22,6 +29,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK = "#010203"  # stands for the page's own text colour until the SVG is written
+_WIDTH = 5.4
+"""Inches of a plot: with text of 10 points a phone still shows both."""
+_LEAST, _MOST = 0.88, 1.6
+"""CSS pixels per point of a plot, between which it follows the width of the page."""
 
 MAX_NUMBERED = 16
 """Rows of a heat map up to which its cells hold numbers."""
@@ -94,14 +105,16 @@ def moments(
         names: what the solid and the dashed lines are.
     """
     figure = Figure(
-        figsize=(7.2, 0.6 + (2.8 if len(panels) == 1 else 2.1) * len(panels)), layout="constrained"
+        figsize=(_WIDTH, 0.6 + (2.8 if len(panels) == 1 else 2.1) * len(panels)),
+        layout="constrained",
     )
     rows = figure.subplots(len(panels), squeeze=False, sharex=True, sharey=True)[:, 0]
     drawn = [
         value for made in panels.values() for p in made.values() for line in p for _, value in line
     ]
     for number, (axes, (name, series)) in enumerate(zip(rows, panels.items(), strict=True)):
-        _dress(axes, name, x if number == len(panels) - 1 else "", y)
+        heading = name if len(panels) > 1 else ""
+        _dress(axes, heading, x if number == len(panels) - 1 else "", y)
         handles = []
         for k, (label, both) in enumerate(series.items()):
             colour, marker = COLOURS[k % len(COLOURS)], MARKERS[(k + k // 6) % len(MARKERS)]
@@ -114,7 +127,10 @@ def moments(
         for text, dash in zip(names if number == 0 else (), ("-", "--"), strict=False):
             handles += axes.plot([], [], color=_INK, linestyle=dash, label=text)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _legend(axes, handles)
+        if len(panels) == 1:
+            _legend_below(figure, handles)
+        else:
+            axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), **_LEGEND)
     _logarithmic(rows[0], drawn)
     return _written(figure, title)
 
@@ -290,11 +306,7 @@ def matrix(
         size=8.5,
         least=2.4,
     )
-    svg = _mesh(values, look, (title, x, y))
-    # Text of one size, however many rows there are: a large one is wider than the page.
-    width = float(svg.partition('viewBox="0 0 ')[2].partition(" ")[0])
-    style = f"max-width:{1.5 * width:.0f}px;min-width:{1.15 * width:.0f}px"
-    return svg.replace("<svg ", f'<svg style="{style}" ', 1)
+    return _mesh(values, look, (title, x, y))
 
 
 @dataclass(frozen=True)
@@ -341,13 +353,14 @@ def _mesh(values: Mapping[tuple[str, str], float], look: _Look, names: tuple[str
                     look.text(value),
                     ha="center",
                     va="center",
-                    color="black" if light else "white",
+                    color="#0a0a0a" if light else "white",  # on the cell, not on the page
                     fontsize=look.size,
                 )
     bar = figure.colorbar(mesh, format=FuncFormatter(lambda value, _: look.scale(value)))
     if bar.solids is not None:
         bar.solids.set_rasterized(False)  # a raster would be an image file inside the page
     bar.ax.tick_params(colors=_INK)
+    bar.outline.set_edgecolor(_INK)
     return _svg(figure, axes)
 
 
@@ -367,7 +380,7 @@ class Stack:
 
 
 def stacks(panels: Mapping[str, Stack], *, title: str, x: str, line: str) -> str:
-    """Return stacked bars in two columns of panels, each share named at its end.
+    """Return stacked bars in panels below one another, each share named at its end.
 
     Args:
         panels: title of a panel -> what it shows.
@@ -375,15 +388,11 @@ def stacks(panels: Mapping[str, Stack], *, title: str, x: str, line: str) -> str
         x: what runs along a panel.
         line: what the lines over the bars are.
     """
-    num = -(-len(panels) // 2)
     most = max(len(panel.shares) for panel in panels.values())
-    high = 0.5 + max(1.7, 0.17 * most)
-    figure = Figure(figsize=(7.2, 0.3 + high * num), layout="constrained")
-    grid = figure.subplots(num, 2, squeeze=False)
-    places = list(grid.flat)
-    for axes in places[len(panels) :]:
-        axes.set_visible(False)
-    for axes, (name, panel) in zip(places, panels.items(), strict=False):
+    high = 0.5 + max(1.5, 0.18 * most)
+    figure = Figure(figsize=(_WIDTH, 0.3 + high * len(panels)), layout="constrained")
+    places = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for axes, (name, panel) in zip(places, panels.items(), strict=True):
         _dress(axes, name, x, "")
         axes.grid(False)
         base = [0.0] * len(panel.xs)
@@ -403,7 +412,7 @@ def stacks(panels: Mapping[str, Stack], *, title: str, x: str, line: str) -> str
                     base[-1] + shares[-1] / 2,
                     f"{textwrap.shorten(label, 24, placeholder='...')} {shares[-1]:.0%}",
                     va="center",
-                    fontsize=7.5,
+                    fontsize=8.5,
                     color=_INK,
                 )
             base = [low + share for low, share in zip(base, shares, strict=True)]
@@ -412,13 +421,8 @@ def stacks(panels: Mapping[str, Stack], *, title: str, x: str, line: str) -> str
         axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(
-        handles=[Line2D([], [], color=_INK, marker=".", label=line)],
-        loc="outside lower left",
-        frameon=False,
-        labelcolor=_INK,
-        fontsize=9,
-    )
+    handles = [Line2D([], [], color=_INK, marker=".", label=line)]
+    figure.legend(handles=handles, loc="outside lower left", **_LEGEND)
     return _written(figure, title)
 
 
@@ -487,10 +491,13 @@ def size(num: float) -> str:
     return f"{num:.2f} GB"
 
 
+_LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": _INK, "fontsize": 9}
+
+
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 3.0), layout="constrained", label=title)
     axes = figure.add_subplot()
-    _dress(axes, title, x, y)
+    _dress(axes, "", x, y)
     return figure, axes
 
 
@@ -498,7 +505,7 @@ def _dress(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, color=_INK)
     axes.set_xlabel(x, color=_INK)
     axes.set_ylabel(y, color=_INK)
-    axes.tick_params(colors=_INK)
+    axes.tick_params(which="both", colors=_INK)
     axes.grid(color=_INK, alpha=0.15)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -527,28 +534,31 @@ def _logarithmic(axes: Axes, values: Sequence[float], along_x: bool = False) -> 
 
 
 def _svg(figure: Figure, axes: Axes) -> str:
-    if axes.get_legend_handles_labels()[0]:
-        _legend(axes)
-    return _written(figure, axes.get_title(loc="left"))
+    if handles := axes.get_legend_handles_labels()[0]:
+        _legend_below(figure, handles)
+    return _written(figure, str(figure.get_label()))
 
 
-def _legend(axes: Axes, handles: Sequence[Line2D] | None = None) -> None:
-    axes.legend(
-        handles=handles,
-        loc="center left",
-        bbox_to_anchor=(1.01, 0.5),
-        frameon=False,
-        labelcolor=_INK,
-        fontsize=9,
-    )
+def _legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
+    """Put a legend under a figure, which grows by as much."""
+    labels = [str(handle.get_label()) for handle in handles]
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    columns = 1 if longest > 30 else 2 if longest > 16 else 3
+    rows = -(-sum(label.count("\n") + 1 for label in labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.1 + 0.18 * rows)
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns, **_LEGEND)
 
 
 def _written(figure: Figure, title: str) -> str:
     target = io.StringIO()
     # The salt makes ids the same in every run and different between the plots of a page.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
-        figure.savefig(
-            target, format="svg", transparent=True, metadata={"Date": None, "Title": title}
-        )
+        about = {"Date": None, "Title": title}
+        figure.savefig(target, format="svg", transparent=True, bbox_inches="tight", metadata=about)
     text = target.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = re.sub('<g id="[^"]*"', "<g", text)  # nothing refers to them, and all plots have them
+    # Text of about one size in all plots: one that is wider than the page can be scrolled.
+    width = float(text.partition('viewBox="0 0 ')[2].partition(" ")[0])
+    style = f"max-width:{_MOST * width:.0f}px;min-width:{_LEAST * width:.0f}px"
+    return text.replace("<svg ", f'<svg style="{style}" ', 1)

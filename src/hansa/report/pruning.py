@@ -8,6 +8,7 @@ import torch
 
 from hansa.config import RunConfig
 from hansa.federation.message import Tensors
+from hansa.report.lineage import lineage
 from hansa.report.page import write_page
 from hansa.report.parts import plot
 from hansa.report.plots import bars, histogram
@@ -38,7 +39,7 @@ def report(
         lead=f"{summary['method']}, {100 * density:.3g} % of the {what} kept "
         f"({100 * (1 - density):.3g} % pruned), model {config.model.name}, {config.data.source}, "
         f"seed {config.seed}",
-        tables=[_sizes(summary), _layers(summary, what)],
+        tables=[_sizes(summary), _layers(summary, what), *lineage(page.parent / "bundle")],
         scored=[],
         plots=[
             plot(shares, "On a logarithmic scale.", bars(densities, title=shares, x="density")),

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hansa.report.lineage import lineage
 from hansa.report.page import write_page
 from hansa.report.parts import Part, plot, table
 from hansa.report.plots import lines
@@ -64,7 +65,7 @@ def report(
         title=f"{config.name}, safeguarded",
         lead=f"{kinds}; {config.data.kind}, seed {config.seed}. What an attacker has to spend on "
         "removing it, the red team says: hansa redteam.",
-        tables=[_models(summary), _skipped(histories)],
+        tables=[_models(summary), _skipped(histories), *lineage(page.parent / "bundle")],
         scored=[],
         plots=[part for name, told in histories.items() for part in _plots(name, told)],
         configurations=[("configuration", config.as_toml())],

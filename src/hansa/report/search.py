@@ -5,6 +5,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from hansa.report.lineage import lineage
 from hansa.report.page import write_page
 from hansa.report.parts import Part, plot, table
 from hansa.report.plots import lines, scatter
@@ -40,7 +41,7 @@ def report(page: Path, summary: Summary, config: str) -> Path:
         lead=f"{summary['searcher']} by {summary['by']}, recipe {summary['recipe']}, "
         f"{summary['models']} of {summary['candidates']:,} models within the limits, "
         f"seed {summary['seed']}",
-        tables=tables,
+        tables=[*tables, *lineage(page.parent / "bundle")],
         scored=[],
         plots=list(_plots(summary)),
         configurations=[("configuration", config)],

@@ -15,7 +15,7 @@ GAP, DROP = 18, 46
 """Pixels between columns, and between a node and what stands below it."""
 ABOVE = 24
 """Pixels above a box in a column of leaves, where the edge's text stands."""
-MAX_COLUMNS = 5
+MAX_COLUMNS = 3
 MAX_STACKED = 8
 """Columns that a tree takes if it can, and most leaves that stand below one another for that."""
 _LETTERS = 25
