@@ -1,6 +1,7 @@
 """A federation of one's own objects: a module, clients, a method."""
 
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from hansa.data.clients import IGNORED, Client
 from hansa.errors import InputError
+from hansa.federation.central_checks import centrally
 from hansa.federation.engines.choice import Chooser
 from hansa.federation.engines.engine import RoundResult
 from hansa.federation.engines.local import LocalEngine
@@ -20,6 +22,7 @@ from hansa.federation.methods.base import Method
 from hansa.federation.node import Buffers, Setup
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
+from hansa.federation.privacy import Privacy
 from hansa.federation.rules import Rules, inherited
 from hansa.federation.store import Store
 from hansa.federation.tree import ROOT, Tree, name_of
@@ -55,6 +58,8 @@ class Federation:
             model on every client's test data, every mask with every other.
         objective: what the model is trained by; classification by default.
         rules: name of a node -> what holds there, and below it where nothing else does.
+        central: differential privacy of the clients' updates that the root takes care of: it clips
+            them and adds noise to their sum.
 
     Raises:
         InputError: a model that does not fit the clients' inputs and labels, clients that are not
@@ -78,6 +83,7 @@ class Federation:
         compare_up_to: int = 25,
         objective: Objective | None = None,
         rules: Mapping[str, Rules] | None = None,
+        central: Privacy | None = None,
     ) -> None:
         self.tree = Tree.flat(name for name in clients if name != ROOT) if tree is None else tree
         if not isinstance(method, Method):
@@ -111,6 +117,13 @@ class Federation:
         moments = isinstance(objective, NextToken)
         handed_down = inherited(self.tree, rules or {})
         self.setup = Setup(task, training, buffers, seed, handed_down, moments)
+        if central is not None:
+            asking = (handed_down.get(ROOT) or Rules()).participation or participation
+            self.setup = replace(
+                self.setup, central=centrally(central, method, self.tree, self.setup, asking)
+            )
+            if ROOT in clients:
+                raise InputError("privacy.where", "'central' with data at the root", "none there")
         for path in handed_down:
             # A model or method that cannot be trained so is refused here.
             if self.setup.at(path).privacy is not None:

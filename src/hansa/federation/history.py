@@ -145,6 +145,16 @@ class History:
                 values.setdefault(row["round"], {})[leaf] = row["sum"] / row["count"]
         return values
 
+    def epsilons(self) -> dict[str, float]:
+        """Return private node -> epsilon that it has spent, as of when it was last scored.
+
+        Under central privacy the one node is the root, which spends for every client.
+        """
+        found: dict[str, float] = {}
+        for _, row in sorted(self.scored("state", "epsilon").items()):
+            found |= row
+        return found
+
     @property
     def is_language(self) -> bool:
         """Whether what was scored is a language model."""
@@ -203,7 +213,8 @@ class History:
         Metrics are those of the last scored round, and under ``..._chosen`` of the round that does
         best on validation data. A language model has two moments: after the aggregation, and
         ``..._after_local_steps``. ``csr`` is the upload as
-        papers on sparse training count it (``wire.csr_size``).
+        papers on sparse training count it (``wire.csr_size``). ``epsilon`` is the most that a
+        private node has spent, where there are any.
         """
         metrics = self._of_language() if self.is_language else self._of_classes()
         totals = self.bytes().values()
@@ -217,6 +228,7 @@ class History:
             },
             "speed": self._speed(),
             "seconds": round(sum(self.table("rounds")["seconds"].to_pylist()), 3),
+            **({"epsilon": max(spent.values())} if (spent := self.epsilons()) else {}),
         }
 
     def _of_classes(self) -> dict[str, Any]:

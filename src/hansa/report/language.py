@@ -121,7 +121,11 @@ def side_by_side(runs: Mapping[str, Run]) -> list[Part]:
 def tree_of(run: Run, named: str = "") -> Part:
     """Return the tree, drawn, with what every node reached and every edge carried."""
     tree, private = run.config.shape(), private_nodes(run)
-    hold, reached, spent = set(holders(run)), _last(run, AFTER, "perplexity"), epsilons(run)
+    hold, reached, spent = (
+        set(holders(run)),
+        _last(run, AFTER, "perplexity"),
+        run.history.epsilons(),
+    )
     steps: dict[str, int] = {}
     edges: dict[str, tuple[int, int]] = {}
     for one in passes_of(run):
@@ -160,7 +164,7 @@ def tree_of(run: Run, named: str = "") -> Part:
 
 def nodes_of(run: Run, named: str = "") -> Part:
     """Return a table of the nodes with text, and of their leaves' mean."""
-    tree, private, spent = run.config.shape(), private_nodes(run), epsilons(run)
+    tree, private, spent = run.config.shape(), private_nodes(run), run.history.epsilons()
     hold = holders(run)
     common = {
         text: perplexity(v) for (i, text), v in run.history.pairs("loss").items() if i == ROOT
@@ -291,14 +295,6 @@ def effort_of(run: Run, named: str = "") -> list[Part]:
             True,
         ),
     ]
-
-
-def epsilons(run: Run) -> dict[str, float]:
-    """Return private node -> epsilon that it has spent."""
-    found: dict[str, float] = {}
-    for _, row in sorted(run.history.scored("state", "epsilon").items()):
-        found |= row
-    return found
 
 
 def number(value: float) -> str:

@@ -16,6 +16,7 @@ from hansa.report.effort import private_nodes
 from hansa.report.kept import kept
 from hansa.report.parts import Part, plot, table
 from hansa.report.plots import Series, dots, heatmap, lines, size
+from hansa.report.privacy import spending
 from hansa.runs import Run
 
 SCORED = {
@@ -54,14 +55,20 @@ def report(runs: Sequence[Run], out: Path | None = None) -> Path:
     if is_language:
         content = {
             "lead": language.lead(first, f"{_methods(labelled)}, {seed}"),
-            "tables": [language.results(labelled), *absent, *_kept(labelled), speed],
+            "tables": [
+                language.results(labelled),
+                *spending(labelled),
+                *absent,
+                *_kept(labelled),
+                speed,
+            ],
             "scored": [],
             "plots": language.plots(labelled),
         }
     else:
         content = {
             "lead": lead(first, seed),
-            "tables": [_results(labelled), *absent, speed],
+            "tables": [_results(labelled), *spending(labelled), *absent, speed],
             "scored": [(k, SCORED[run.config.method.scored]) for k, run in labelled.items()],
             "plots": _plots(labelled),
         }
