@@ -122,3 +122,10 @@ def test_every_row_of_the_search_benchmark_is_valid() -> None:
     values = np.array([0.1, 0.4, 0.7])
     assert abs(search.expected(values, 2) - (0.4 + 0.7 + 0.7) / 3) < 1e-12
     assert abs(search.expected(values, 3) - 0.7) < 1e-12
+
+
+def test_every_row_of_the_membership_benchmark_is_valid() -> None:
+    benchmark = loaded("membership")
+    for privacy in benchmark.ROWS.values():
+        config = load(benchmark.configuration(privacy, 0, "runs", 2))
+        assert (config.privacy is None) == (privacy is None)
