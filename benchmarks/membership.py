@@ -1,15 +1,17 @@
 """Membership inference with and without differential privacy: the attack by a threshold on losses.
 
-Handwritten digits at 20 clients of 10 training samples each, and as many held out; federated
+Handwritten digits at 20 clients of 10 training samples each, and 20 or so held out; federated
 averaging for a hundred epochs, so that the model fits its training data better than others. The
 same with noise by every client on each gradient (one sample is hidden), and with noise by the root
 on the sum of updates (one client is hidden), two amounts each, 3 seeds.
 
     python benchmarks/membership.py [--quick] [--json]
 
-Advantage is the true-positive rate less the false-positive rate of the common model's last state,
-at the best threshold and at Yeom's (the mean training loss). Epsilon is the most that a client has
-spent. With samples hidden, no attack's advantage on one sample can be above the bound.
+The first row is what losses drawn at random would give, over 500 draws: the best threshold is
+chosen on the samples that it is measured on. Advantage is the true-positive rate less the
+false-positive rate of the common model's last state, at that threshold and at Yeom's (the mean
+training loss). Epsilon is the most that a client has spent. With samples hidden, no attack's
+advantage on one sample can be above the bound.
 """
 
 import argparse
@@ -18,10 +20,12 @@ import statistics
 import tempfile
 from typing import Any
 
+import torch
+
 import hansa
 from hansa.config import load
 from hansa.federation.tree import ROOT
-from hansa.report.membership import advantage_bound, membership
+from hansa.report.membership import advantage_bound, attack, membership
 from hansa.training import prepare
 
 DELTA = 1e-3
@@ -68,7 +72,7 @@ def configuration(
     }
 
 
-def measured(privacy: dict[str, Any] | None, seed: int, rounds: int) -> dict[str, float]:
+def measured(privacy: dict[str, Any] | None, seed: int, rounds: int) -> dict[str, Any]:
     """Train once and attack the common model."""
     with tempfile.TemporaryDirectory() as folder:
         values = configuration(privacy, seed, folder, rounds)
@@ -85,7 +89,7 @@ def measured(privacy: dict[str, Any] | None, seed: int, rounds: int) -> dict[str
     return {
         "accuracy": summary["metrics"]["accuracy"]["mean"],
         "train_accuracy": statistics.mean(right),
-        "epsilon": summary.get("epsilon", float("inf")),
+        "epsilon": summary.get("epsilon"),
         "advantage": found.advantage,
         "advantage_fixed": found.advantage_fixed,
         "auc": found.auc,
@@ -100,9 +104,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args()
     seeds, rounds = (1, 2) if options.quick else (3, 20)
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, list[Any]]] = {}
     head = ("noise", "accuracy %", "in training %", "epsilon", "bound", "advantage", "at Yeom's")
     print(f"| {' | '.join((*head, 'AUC', 'TPR at 1 %'))} |\n|{'---|' * 9}")
+    cells = ["losses at random", *"----", *_attacked(chance())]
+    print(f"| {' | '.join(cells)} |")
     for name, privacy in ROWS.items():
         runs = [measured(privacy, seed, rounds) for seed in range(seeds)]
         found[name] = {figure: [run[figure] for run in runs] for figure in FIGURES}
@@ -111,18 +117,32 @@ def main() -> None:
         print(json.dumps(found))
 
 
-def _row(name: str, found: dict[str, list[float]], privacy: dict[str, Any] | None) -> str:
-    epsilon = max(found["epsilon"])
+def chance(members: int = 200, others: int = 381, draws: int = 500) -> dict[str, list[float]]:
+    """Return the attack's figures on losses that tell nothing."""
+    rng = torch.Generator().manual_seed(0)
+    each = [
+        attack(torch.rand(members, generator=rng), torch.rand(others, generator=rng))
+        for _ in range(draws)
+    ]
+    return {figure: [getattr(one, figure) for one in each] for figure in FIGURES[3:]}
+
+
+def _row(name: str, found: dict[str, list[Any]], privacy: dict[str, Any] | None) -> str:
+    epsilon = None if privacy is None else max(found["epsilon"])
     by_sample = privacy is not None and privacy.get("unit") == "gradient"
     cells = [
         name,
         _spread(found["accuracy"], 100, 1),
         _spread(found["train_accuracy"], 100, 1),
-        f"{epsilon:.1f}" if epsilon < float("inf") else "-",
-        f"{advantage_bound(epsilon, DELTA):.3f}" if by_sample else "-",
-        *(_spread(found[figure], 1, 3) for figure in FIGURES[3:]),
+        "-" if epsilon is None else f"{epsilon:.1f}",
+        f"{advantage_bound(epsilon, DELTA):.3f}" if by_sample and epsilon is not None else "-",
+        *_attacked(found),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _attacked(found: dict[str, list[Any]]) -> list[str]:
+    return [_spread(found[figure], 1, 3) for figure in FIGURES[3:]]
 
 
 def _spread(values: list[float], scale: float, digits: int) -> str:

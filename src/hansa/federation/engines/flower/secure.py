@@ -55,6 +55,7 @@ from hansa.models.task import Task
 
 _log = logging.getLogger("hansa.flower")
 _RUN = re.compile(r"[0-9a-f]{16}")
+_WAIT = 300  # seconds that clients have to connect
 
 
 class SecureOptions(BaseModel):
@@ -163,7 +164,9 @@ class SecureStrategy(Strategy):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Return what each client is sent."""
-        client_manager.wait_for(self._clients)
+        if not client_manager.wait_for(self._clients, _WAIT):
+            found = f"{client_manager.num_available()} after {_WAIT} s"
+            raise InputError("clients", found, f"at least {self._clients}")
         config: dict[str, Scalar] = {"run": self._run, "round": server_round}
         row = ndarrays_to_parameters([self._shape.row(self._sent(server_round))])
         everybody = sorted(client_manager.all().values(), key=lambda proxy: proxy.cid)
