@@ -8,9 +8,13 @@ import torch
 from torch import nn
 
 import hansa
+from direct import Direct, rounds
 from hansa.config import load
 from hansa.errors import InputError
 from hansa.federation.central import Central
+from hansa.federation.engines.flower.remote import RemoteEngine
+from hansa.federation.engines.flower.site import LeafWorker, Site
+from hansa.federation.leaf import Leaf
 from hansa.federation.message import Tensors
 from hansa.federation.methods import METHODS, DiLoCo, FedAvg, FedPer
 from hansa.federation.methods.base import Method
@@ -290,3 +294,23 @@ def test_clients_of_a_flat_run_can_all_be_private(unit: str, tmp_path) -> None:
     assert ran.history.epsilons().keys() == ran.history.leaves()
     assert ran.history.summary()["epsilon"] == max(ran.history.epsilons().values())
     assert "Differential privacy" in report([ran]).read_text()
+
+
+def test_requests_carry_the_same_rounds(tmp_path) -> None:
+    """A root whose clients are elsewhere makes the same noised model, and stops where it would."""
+    central = private(clip=0.5, noise=1.0, epsilon=plain(0.5, 1.0, 0.5).epsilon(2) + 1e-6)
+    ran = federation(central=central, participation=POISSON)
+    expected = ran.run(3).table("ledger").to_pylist()
+    local = federation(central=central, participation=POISSON)._engine
+    leaf = Leaf(local.method, local.setup, local.seed)
+    sites = {
+        path: Site(path, tmp_path / path, LeafWorker(path, client, leaf))
+        for path, client in local.clients.items()
+    }
+    about = (local.tree, local.samples, local.method, local.setup, local.seed)
+    remote = RemoteEngine(Direct(sites), "run", *about, POISSON)
+    results = rounds(remote, 3)
+    assert encode(remote.state()) == encode(ran.state_of(ROOT))
+    found = [(r.number, v.path, v.fate) for r in results for v in r.visits]
+    assert found == [(row["round"], row["node"], row["fate"]) for row in expected]
+    assert found[-1] == (3, ROOT, "spent")
