@@ -145,3 +145,10 @@ def test_every_cell_of_the_robustness_benchmark_is_valid(tmp_path) -> None:
     robustness.keep(cell, short, tmp_path)
     found = robustness.gathered(tmp_path, [cell])
     assert 0 <= found["krum"]["little"]["30"] <= 100
+
+
+def test_every_row_of_the_membership_benchmark_is_valid() -> None:
+    benchmark = loaded("membership")
+    for privacy in benchmark.ROWS.values():
+        config = load(benchmark.configuration(privacy, 0, "runs", 2))
+        assert (config.privacy is None) == (privacy is None)

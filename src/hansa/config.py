@@ -18,6 +18,7 @@ from hansa.federation.methods import FedAvg, Method, method_class, named
 from hansa.federation.node import Buffers
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
+from hansa.federation.privacy import Privacy
 from hansa.federation.robust import Robust
 from hansa.federation.rules import Rules
 from hansa.federation.tree import ROOT, Tree
@@ -46,6 +47,33 @@ class ModelOptions(_Section):
     fresh: bool = Field(False, strict=True)
     """Take no weights of the bundle, which then only stands among the ancestors: for a model that
     was found on other data."""
+
+
+class PrivacyOptions(Privacy):
+    """Differential privacy of all clients of a flat run, or of those below inner nodes."""
+
+    where: Literal["clients", "central"] = "clients"
+    """Who adds the noise: each client before anything leaves it, or the root, which is then
+    trusted, once for all (``central``)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_updates(cls, values: Any) -> Any:
+        """Fill in the unit of central privacy, which has one only."""
+        if isinstance(values, Mapping) and values.get("where") == "central":
+            return {"unit": "update", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _has_unit(self) -> "PrivacyOptions":
+        if self.where == "central" and self.unit != "update":
+            raise ValueError("the root sees updates only: where = 'central' needs unit = 'update'")
+        return self
+
+    @property
+    def rule(self) -> Privacy:
+        """The same without who adds the noise."""
+        return Privacy.model_validate(self.model_dump(exclude={"where"}))
 
 
 class TreeOptions(_Section):
@@ -119,6 +147,8 @@ class RunConfig(_Section):
     """The rule by which replies are merged; the weighted mean where it is not set."""
     attackers: Attackers | None = None
     """Simulated attackers among the clients."""
+    privacy: PrivacyOptions | None = None
+    """Differential privacy of the clients; none where it is not set."""
     tree: TreeOptions = TreeOptions()
     engine: RunEngine = RunEngine()
 
@@ -143,6 +173,20 @@ class RunConfig(_Section):
     def folder(self) -> Path:
         """Where the run lies, unless the name is taken."""
         return Path(self.output) / f"{self.name}-seed{self.seed}"
+
+    @property
+    def rules(self) -> dict[str, Rules]:
+        """Name of a node -> what holds there, and below it where nothing else does."""
+        rules = {name: node.rules for name, node in self.nodes.items()}
+        if self.privacy is not None and self.privacy.where == "clients":
+            rules[ROOT] = Rules(privacy=self.privacy.rule)
+        return rules
+
+    @property
+    def central(self) -> Privacy | None:
+        """Privacy of the clients' updates that the root takes care of."""
+        central = self.privacy is not None and self.privacy.where == "central"
+        return self.privacy.rule if self.privacy is not None and central else None
 
     def shape(self) -> Tree:
         """Return the tree that is written out.
@@ -268,6 +312,7 @@ def _validate(values: dict[str, Any]) -> RunConfig:
         raise explain(error, RunConfig, values) from error
     _check_text(config, values)
     _check_curation(config)
+    _check_privacy(config)
     try:
         config = config.model_copy(update={"method": kind.model_validate(options)})
     except ValidationError as error:
@@ -331,6 +376,22 @@ def _check_curation(config: RunConfig) -> None:
                 "privacy beside [curation], whose looks at the data its budget does not count",
                 "one of them",
             )
+
+
+def _check_privacy(config: RunConfig) -> None:
+    """Refuse privacy beside looks at the data that its budget would not count.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if config.privacy is None:
+        return
+    if config.nodes and config.privacy.where == "clients":
+        raise InputError("privacy", "a table beside [nodes]", "[nodes.root.privacy]")
+    for key in ("pruning", "curation"):
+        if getattr(config, key) is not None:
+            found = f"a table beside [{key}], whose looks at the data its budget does not count"
+            raise InputError("privacy", found, "one of them")
 
 
 def _check_scored(config: RunConfig) -> None:

@@ -48,7 +48,7 @@ from hansa.federation.engines.plan import Plan
 from hansa.federation.history import SCHEMAS, History, tables_of
 from hansa.federation.rules import inherited
 from hansa.federation.store import DiskStore
-from hansa.federation.tree import name_of
+from hansa.federation.tree import ROOT, name_of
 from hansa.files import sync_folder, write_atomic
 from hansa.parquet import read_table
 from hansa.tensor_files import read_tensors
@@ -276,14 +276,20 @@ class Run:
                 secret of the node.
         """
         found: dict[str, dict[str, Any]] = {}
-        if nodes := self.config.nodes:
-            rules = inherited(self.config.shape(), {name: n.rules for name, n in nodes.items()})
+        if (central := self.config.central) is not None:
+            found = {ROOT: central.model_dump(include={"unit", "noise", "delta"})}
+        elif nodes := self.config.nodes:
+            rules = inherited(self.config.shape(), self.config.rules)
             found = {
                 name_of(path): held.privacy.model_dump(include={"unit", "noise", "delta"})
                 for path, held in rules.items()
                 if held.privacy is not None and nodes[name_of(path)].text is not None
             }
         spent = self.history.epsilons()
+        if not found and (flat := self.config.privacy) is not None:
+            found = {
+                name: flat.rule.model_dump(include={"unit", "noise", "delta"}) for name in spent
+            }
         return {
             name: {**found.get(name, {}), "epsilon": spent.get(name), "drawn": drawn}
             for name in found | spent

@@ -86,7 +86,10 @@ def train(
             weights = trial.federation.model_of(ROOT).state_dict()
             # These are of the clients' models: what is scored, the method says.
             scored = "aggregated" if wanted.text else wanted.method.scored
-            metrics = {"scored": scored, **run.history.summary()["metrics"]}
+            summary = run.history.summary()
+            metrics = {"scored": scored, **summary["metrics"]}
+            if (spent := summary.get("epsilon")) is not None:
+                metrics["epsilon"] = spent
             if (kept := run.curated(run.round - 1)) is not None:
                 metrics["curation"] = kept.manifest
             common = trial.write_bundle(
@@ -282,9 +285,10 @@ def prepare(
         on_failure=config.on_failure,
         compare_up_to=config.compare_up_to,
         objective=objective_of(architecture, data.bytes_of),
-        rules={name: node.rules for name, node in config.nodes.items()},
         robust=config.robust,
         attackers=config.attackers,
+        rules=config.rules,
+        central=config.central,
     )
     return Trial(config, data, architecture, parent, model, federation)
 

@@ -1,6 +1,7 @@
 """A federation of one's own objects: a module, clients, a method."""
 
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from hansa.data.clients import IGNORED, Client
 from hansa.errors import InputError
 from hansa.federation.attackers import Attackers
+from hansa.federation.central_checks import centrally
 from hansa.federation.engines.choice import Chooser
 from hansa.federation.engines.engine import RoundResult
 from hansa.federation.engines.local import LocalEngine
@@ -21,6 +23,7 @@ from hansa.federation.methods.base import Method
 from hansa.federation.node import Buffers, Setup
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
+from hansa.federation.privacy import Privacy
 from hansa.federation.robust import Robust, check_nodes
 from hansa.federation.rules import Rules, inherited
 from hansa.federation.store import Store
@@ -59,6 +62,8 @@ class Federation:
         rules: name of a node -> what holds there, and below it where nothing else does.
         robust: the rule by which replies are merged, in the place of the weighted mean.
         attackers: simulated attackers among the clients; no score is about them.
+        central: differential privacy of the clients' updates that the root takes care of: it clips
+            them and adds noise to their sum.
 
     Raises:
         InputError: a model that does not fit the clients' inputs and labels, clients that are not
@@ -84,6 +89,7 @@ class Federation:
         rules: Mapping[str, Rules] | None = None,
         robust: Robust | None = None,
         attackers: Attackers | None = None,
+        central: Privacy | None = None,
     ) -> None:
         self.tree = Tree.flat(name for name in clients if name != ROOT) if tree is None else tree
         if not isinstance(method, Method):
@@ -118,6 +124,13 @@ class Federation:
         handed_down = inherited(self.tree, rules or {})
         attack = attackers.drawn(self.tree.leaves(), seed) if attackers is not None else None
         self.setup = Setup(task, training, buffers, seed, handed_down, moments, robust, attack)
+        if central is not None:
+            asking = (handed_down.get(ROOT) or Rules()).participation or participation
+            self.setup = replace(
+                self.setup, central=centrally(central, method, self.tree, self.setup, asking)
+            )
+            if ROOT in clients:
+                raise InputError("privacy.where", "'central' with data at the root", "none there")
         for path in handed_down:
             # A model or method that cannot be trained so is refused here.
             if self.setup.at(path).privacy is not None:

@@ -221,13 +221,14 @@ class History:
 
         Metrics are those of the last scored round, and under ``..._chosen`` of the round that does
         best on validation data. A language model has two moments: after the aggregation, and
-        ``..._after_local_steps``. ``csr`` is the upload as
-        papers on sparse training count it (``wire.csr_size``). ``excluded`` names nodes whose
-        replies were of no use, with the number of rounds, where there are any.
+        ``..._after_local_steps``. ``csr`` is the upload as papers on sparse training count it
+        (``wire.csr_size``). ``excluded`` names nodes whose replies were of no use, with the number
+        of rounds, where there are any; ``epsilon`` is the most that a private node has spent.
         """
         metrics = self._of_language() if self.is_language else self._of_classes()
         totals = self.bytes().values()
         excluded = self.excluded()
+        spent = [value for value in self.epsilons().values() if value is not None]
         return {
             "rounds": self.num_rounds,
             "metrics": metrics,
@@ -239,6 +240,7 @@ class History:
             "speed": self._speed(),
             "seconds": round(sum(self.table("rounds")["seconds"].to_pylist()), 3),
             **({"excluded": excluded} if excluded else {}),
+            **({"epsilon": max(spent)} if spent else {}),
         }
 
     def _of_classes(self) -> dict[str, Any]:

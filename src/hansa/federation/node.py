@@ -8,6 +8,7 @@ from hansa.data.clients import Client
 from hansa.errors import InputError
 from hansa.federation.aggregation import MaskedMean, Mean, PartialMean, WeightedMean
 from hansa.federation.attackers import Attack
+from hansa.federation.central import Central
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.optimizer import Training
 from hansa.federation.privacy import Privacy, PrivateTask, check_model
@@ -41,6 +42,8 @@ class Setup:
     """In a simulation, who attacks and how."""
     privacy: Privacy | None = None
     """Set in the setup of one node (``at``) whose training is differentially private."""
+    central: Central | None = None
+    """How the root keeps its clients private, where it is the one to do so."""
     releases: Releases | None = None
     """In a deployment, where the one node that this setup is for counts what it lets out."""
     release: Release | None = None

@@ -18,6 +18,7 @@ from hansa.report.kept import kept
 from hansa.report.lineage import lineage
 from hansa.report.parts import Part, plot, table
 from hansa.report.plots import Series, dots, heatmap, lines, size
+from hansa.report.privacy import spending
 from hansa.runs import Run
 
 SCORED = {
@@ -57,7 +58,14 @@ def report(runs: Sequence[Run], out: Path | None = None) -> Path:
     if is_language:
         content = {
             "lead": language.lead(first, f"{_methods(labelled)}, {seed}"),
-            "tables": [language.results(labelled), *absent, *_kept(labelled), speed, *origin],
+            "tables": [
+                language.results(labelled),
+                *spending(labelled),
+                *absent,
+                *_kept(labelled),
+                speed,
+                *origin,
+            ],
             "scored": [],
             "plots": language.plots(labelled),
         }
@@ -65,7 +73,7 @@ def report(runs: Sequence[Run], out: Path | None = None) -> Path:
         content = {
             "lead": lead(first, seed),
             "drawing": [federation(first)] if len(runs) == 1 else [],
-            "tables": [_results(labelled), *absent, speed, *origin],
+            "tables": [_results(labelled), *spending(labelled), *absent, speed, *origin],
             "scored": [(k, SCORED[run.config.method.scored]) for k, run in labelled.items()],
             "plots": _plots(labelled),
         }

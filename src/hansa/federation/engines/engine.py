@@ -25,13 +25,14 @@ from hansa.federation.message import Message, State, check_finite
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Child, Node, Reply, Setup
 from hansa.federation.participation import Fate, Participation
-from hansa.federation.spending import counted
+from hansa.federation.spending import afforded, counted, noised_mean, told_centrally
 from hansa.federation.store import MemoryStore, Store, link_key
 from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import encoded_size
 
 _AFTER = "trained/"
 SPENT_BUDGET = "the privacy budget is spent, so that it did not train"
+SPENT_BY_ROOT = "the privacy budget is spent, so that nobody was asked"
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,8 @@ class Engine(ABC):
         """Return every leaf's scores, and the top node's figures about its own state."""
         state = self.state(top.path)
         scores = dict(self.score(top, state))
-        if about := self.method.describe(self.setup, state):
+        about = {**self.method.describe(self.setup, state), **told_centrally(top, state)}
+        if about:
             scores[top.path] = {"state": about}
         return scores
 
@@ -226,6 +228,9 @@ class Engine(ABC):
 
     def ask(self, node: Node, state: State) -> Iterator[Asked]:
         """Yield the children that are asked in a round, each with its message and its fate."""
+        if not afforded(node, state):
+            self._own[node.path] = Visit(node.path, "spent", 0, error=SPENT_BY_ROOT)
+            return
         children = self.tree.children(node.path)
         rules = self.setup.rules.get(node.path)
         participation = (rules and rules.participation) or self.participation
@@ -298,8 +303,15 @@ class Engine(ABC):
                     self.store.put(key, kept)
                 yield Reply(path, link, reply)
 
-        state = self.method.aggregate(node, before, remembered())
-        state = counted(state, before)
+        if node.setup.central is None:
+            state = self.method.aggregate(node, before, remembered())
+            state = counted(state, before)
+        elif afforded(node, before):
+            state = noised_mean(node, before, remembered(), self.method.aggregate)
+        else:
+            state = before
+            for _ in remembered():  # asking comes to nothing, and only then is it said why
+                raise RuntimeError(f"{node.path} has replies beyond its privacy budget")
         self.store.put(node.path, state)
         return state
 

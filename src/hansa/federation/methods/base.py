@@ -65,6 +65,9 @@ class Method(BaseModel, ABC):
     """Whether what children send is merged by a mean of the setup's, which robust rules replace."""
     pools: ClassVar[bool] = False
     """Whether all data are brought to one place, as no federation would."""
+    alone: ClassVar[str] = "what it makes of its replies, only the method can tell"
+    """Why a parent must see each reply by itself; empty where it needs no more than a weighted mean
+    of the models in them, so that noise can be put on it, or only it be known."""
     masked: ClassVar[bool] = False
     """Whether clients hold masks, which ``buffers = "personal"`` needs."""
 

@@ -16,6 +16,7 @@ class Centralised(FedAvg):
     """
 
     name: ClassVar[str] = "centralised"
+    alone: ClassVar[str] = "it pools the data, and there are no replies"
     inner: ClassVar[Inner | None] = None
     max_depth: ClassVar[int | None] = 1
     pools: ClassVar[bool] = True

@@ -26,6 +26,7 @@ class FedAvg(Method):
     name: ClassVar[str] = "fedavg"
     inner: ClassVar[Inner | None] = "beside"
     averages: ClassVar[bool] = True
+    alone: ClassVar[str] = ""
     weighting: Literal["samples", "uniform"] = "samples"
     """A client's weight in the mean: its number of training samples, or one."""
 

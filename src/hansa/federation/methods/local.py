@@ -12,6 +12,7 @@ class LocalOnly(FedAvg):
     """Every client trains a model of its own from the common initial values; nothing travels."""
 
     name: ClassVar[str] = "local"
+    alone: ClassVar[str] = "nothing is sent"
     scored: ClassVar[Scored] = "trained"
     common: ClassVar[bool] = False
     averages: ClassVar[bool] = False

@@ -38,6 +38,9 @@ class MaskedSharing(Method):
     max_depth: ClassVar[int | None] = 1
     masked: ClassVar[bool] = True
     averages: ClassVar[bool] = True
+    alone: ClassVar[str] = (
+        "each reply counts where its client's mask says, and the mask is part of it"
+    )
     mask_is: ClassVar[str] = "personal"
     """What a masked entry is called in figures."""
 

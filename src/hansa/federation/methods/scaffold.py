@@ -22,6 +22,7 @@ class Scaffold(FedAvg):
     """FedAvg whose local steps follow gradient - c_k + c, at twice the bytes."""
 
     name: ClassVar[str] = "scaffold"
+    alone: ClassVar[str] = "a reply holds a control variate beside the model"
     inner: ClassVar[Inner | None] = None
     server_lr: float = Field(1.0, gt=0, allow_inf_nan=False, strict=True)
     """Step eta_g of the common model along the mean of the clients' changes."""

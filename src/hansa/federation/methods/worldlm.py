@@ -68,6 +68,7 @@ class WorldLM(Method):
     """Backbone averaged, key blocks personal and mixed by attention, residuals across branches."""
 
     name: ClassVar[str] = "worldlm"
+    alone: ClassVar[str] = "its attention looks at the key blocks of each child"
     scored: ClassVar[Scored] = "trained"
     averages: ClassVar[bool] = True
     keys: int | tuple[str, ...] = 1
