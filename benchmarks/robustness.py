@@ -14,6 +14,7 @@ stopped.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import statistics
@@ -191,8 +192,11 @@ def main() -> None:
     parser.add_argument("--output", default="runs/robustness", help="folder of the results")
     options = parser.parse_args()
     name = "cifar10" if options.data else "digits"
-    folder = Path(options.output + ("-quick" if options.quick else "")) / name
     work, todo = task(options.data, options.quick), cells(options.quick)
+    # What was kept of other settings must not be taken for these.
+    settings = json.dumps([asdict(work), RULES, ATTACKS, CLIENTS], sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    folder = Path(options.output) / f"{name}-{digest}"
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(keep, cell, work, folder) for cell in todo]
         for number, job in enumerate(jobs, 1):
