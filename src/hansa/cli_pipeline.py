@@ -12,7 +12,9 @@ from hansa.cli_parts import Json, follow_all, progress, told
 
 
 def pipeline(
-    config: Annotated[Path, typer.Argument(help="A pipeline in TOML, or one of Hansa's own: edge, language.")],
+    config: Annotated[
+        Path, typer.Argument(help="A pipeline in TOML, or one of Hansa's own: edge, language.")
+    ],
     until: Annotated[str | None, typer.Option(help="The last stage to do.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell which stages are done and which would be.")
