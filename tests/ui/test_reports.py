@@ -104,15 +104,14 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.fixture(scope="session", params=list(KINDS), ids=lambda kind: kind.replace(" ", "-"))
-def page_file(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return KINDS[request.param](tmp_path_factory.mktemp("report"))
+VIEWS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 
 
-@pytest.mark.parametrize("view", [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")],
-                         ids=str)  # fmt: skip
-def test_a_page_is_complete_readable_and_named(browser, page_file, view) -> None:
-    check(browser, page_file, view)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_page_is_complete_readable_and_named(browser, tmp_path, kind) -> None:
+    file = KINDS[kind](tmp_path)
+    for view in VIEWS:
+        check(browser, file, view)
 
 
 def check(browser: Any, file: Path, view: tuple[int, str]) -> None:

@@ -69,7 +69,7 @@ def lines(
             label=textwrap.fill(name, 28),
             color=COLOURS[k % len(COLOURS)],
             linestyle=DASHES[k // len(COLOURS) % len(DASHES)],
-            marker=MARKERS[(k + k // len(COLOURS)) % len(MARKERS)],
+            marker=_marker(k),
             markersize=4,
             markevery=max(1, len(xs) // 10),
             linewidth=1.8,
@@ -117,7 +117,7 @@ def moments(
         _dress(axes, heading, x if number == len(panels) - 1 else "", y)
         handles = []
         for k, (label, both) in enumerate(series.items()):
-            colour, marker = COLOURS[k % len(COLOURS)], MARKERS[(k + k // 6) % len(MARKERS)]
+            colour, marker = COLOURS[k % len(COLOURS)], _marker(k)
             for points, dash in zip(both, ("-", "--"), strict=True):
                 xs, ys = [p[0] for p in points], [p[1] for p in points]
                 every = max(1, len(xs) // 10)
@@ -147,7 +147,7 @@ def curves(series: Mapping[str, Band], *, title: str, x: str, y: str) -> str:
             label=textwrap.fill(name, 28),
             color=colour,
             linestyle=DASHES[k % len(DASHES)],
-            marker=MARKERS[k % len(MARKERS)],
+            marker=_marker(k),
             markersize=4,
         )
         axes.fill_between(xs, least, most, color=colour, alpha=0.15, linewidth=0)
@@ -186,7 +186,7 @@ def scatter(
             label=textwrap.fill(name, 28),
             linestyle="-" if name in stepped else "",
             drawstyle="steps-post" if name in stepped else "default",
-            marker=MARKERS[k % len(MARKERS)],
+            marker=_marker(k),
             color=COLOURS[k % len(COLOURS)],
             alpha=0.7,
             markersize=5,
@@ -211,12 +211,12 @@ def dots(values: Mapping[str, Mapping[str, float]], *, title: str, x: str, y: st
             [clients.index(c) + 0.14 * (k - (len(values) - 1) / 2) for c in clients if c in row],
             label=textwrap.fill(name, 28),
             linestyle="",
-            marker=MARKERS[k % len(MARKERS)],
+            marker=_marker(k),
             color=COLOURS[k % len(COLOURS)],
             alpha=0.85,
         )
     axes.set_yticks(range(len(clients)), clients)
-    axes.invert_yaxis()
+    axes.set_ylim(len(clients) - 0.4, -0.6)
     axes.set_xlim(-0.03, 1.03)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     return _svg(figure, axes)
@@ -247,7 +247,7 @@ def strips(
     axes.plot([], [], "o", color=COLOURS[0], alpha=0.35, label=one)
     axes.plot([], [], "|", color=COLOURS[1], markersize=10, mew=2.5, label="mean")
     axes.set_yticks(range(len(values)), list(values))
-    axes.invert_yaxis()
+    axes.set_ylim(len(values) - 0.4, -0.6)
     if log:
         _logarithmic(axes, [value for row in values.values() for value in row], along_x=True)
     else:
@@ -499,6 +499,11 @@ def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     _dress(axes, "", x, y)
     return figure, axes
+
+
+def _marker(number: int) -> str:
+    """Return a series' marker; where colours come again, they come with other markers."""
+    return MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
 
 
 def _dress(axes: Axes, title: str, x: str, y: str) -> None:
