@@ -54,11 +54,16 @@ def domain(name: str) -> Domain:
     Raises:
         InputError: a name that there is not, or a file that holds no cases.
     """
-    kind, colon, path = name.partition(":")
-    if kind == "recorded" and colon and path:
-        return recorded(Path(path))
+    kind, colon, rest = name.partition(":")
+    if kind == "recorded" and colon and rest:
+        return recorded(Path(rest))
+    if kind == "made" and colon:
+        from hansa.audit.records import records  # which needs what the proxy does without
+
+        return records(rest)
     if name not in _BUILT_IN:
-        raise InputError("domains", repr(name), f"{', '.join(_BUILT_IN)} or recorded:PATH")
+        allowed = f"{', '.join(_BUILT_IN)}, recorded:PATH or made:DOMAIN"
+        raise InputError("domains", repr(name), allowed)
     return _BUILT_IN[name](name)
 
 

@@ -162,6 +162,11 @@ class _Line:
             self._path / known.folder,
             self._bundle_of(known.start),
             {each.kind: self._path / each.folder for each in self._read(stage)},
+            {
+                each.name: self._path / str(each.bundle)
+                for each in self._named(stage)
+                if each.bundle is not None
+            },
             lambda what, done, total: watch(name, what, done, total),
         )
         try:
@@ -209,6 +214,7 @@ class _Line:
         start = before.called if before else None
         known = Planned(stage.called, stage.kind, start=start)
         needed = [*([self.stages[start]] if start else []), *self._read(stage)]
+        needed += self._named(stage)
         if any(each.state != "done" for each in needed):
             return known
         key = _key(stage, self._options.seed, needed)
@@ -247,6 +253,10 @@ class _Line:
             names = [each.called for each in before if each.kind == kind]
             read += [self.stages[names[-1]]] if names else []
         return read
+
+    def _named(self, stage: StageOptions) -> list[Planned]:
+        """Return the stages before one whose bundles its configuration names."""
+        return [self.stages[name] for name in KINDS[stage.kind].names(stage.config)]
 
     def _bundle_of(self, name: str | None) -> Path | None:
         bundle = self.stages[name].bundle if name is not None else None
