@@ -34,6 +34,7 @@ from hansa.errors import InputError
 from hansa.files import write_atomic
 from hansa.models.build import Architecture, build
 from hansa.models.language import CausalLM
+from hansa.processes import threads_for
 from hansa.report.safeguard_training import report
 from hansa.runs import claim, locked
 from hansa.safeguard.federated import Collector
@@ -152,10 +153,11 @@ class _Stage:
 
     def work(self) -> None:
         """Make every model that is not there."""
-        for chain in self._chains.values():
-            for before, link in zip([None, *chain], chain, strict=False):
-                self._make(before, link, chain)
-                self.place.wait()  # the others read what the first has written
+        with threads_for(sum(p.numel() for p in self._model(None).parameters())):
+            for chain in self._chains.values():
+                for before, link in zip([None, *chain], chain, strict=False):
+                    self._make(before, link, chain)
+                    self.place.wait()  # the others read what the first has written
 
     def finish(self) -> None:
         """Put the safeguarded model in its place, and tell which model is which."""

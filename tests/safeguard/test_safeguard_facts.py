@@ -122,7 +122,7 @@ def test_parts_share_nothing_and_are_the_same_wherever_they_lie(tmp_path):
         prints.add(Texts(TextsOptions.model_validate(data), encode, 256).fingerprint())
     assert len(prints) == 1
     data = {**DATA, "attacker": DATA["restricted"]}
-    with pytest.raises(InputError, match="that .* and attacker share"):
+    with pytest.raises(InputError, match=r"that .* and attacker share"):
         Texts(TextsOptions.model_validate(data), encode, 256)
 
 
