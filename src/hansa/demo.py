@@ -13,12 +13,15 @@ _log = logging.getLogger("hansa")
 
 SMALLER: dict[str, tuple[str, ...]] = {
     "edge": (
-        *("profile.models=12", "search.budget=12", "search.repeats=0", "search.proxies=[]"),
-        *("train.rounds=4", "personalise.rounds=2"),
+        *("profile.models=8", "search.budget=8", "search.repeats=0", "search.proxies=[]"),
+        *("train.rounds=3", "train.training.epochs=2"),
+        *("personalise.rounds=1", "personalise.training.epochs=1"),
     ),
     "language": (
-        *("base.rounds=5", "base.training.lr_rounds=5", "base.score_every=0"),
-        *("train.rounds=4", "train.training.lr_rounds=4"),
+        *("base.rounds=4", "base.training.lr_rounds=4", "base.score_every=0"),
+        *("train.rounds=3", "train.training.lr_rounds=3", "train.score_every=0"),
+        "redteam.attacks=[{ name='full', steps=50, lrs=[1e-3] }]",
+        *("redteam.probes=[10, 50]", "audit.cases=8"),
     ),
 }
 """What is overridden, so that both take minutes together."""
