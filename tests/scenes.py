@@ -114,19 +114,18 @@ SEARCHED = (
     "train=false",
 )
 
-_SMALLEST = (  # of the shipped pipelines
+SMALLEST = (  # of the shipped pipelines
     *("profile.models=2", "profile.on_refusal=table", "search.budget=2", "search.repeats=0"),
     *("search.proxies=[]", "search.limits.latency=100.0", "train.rounds=1", "train.data.clients=2"),
     *("train.training.epochs=1", "train.data.train_per_class=1", "prune.data.clients=2"),
     *("personalise.rounds=1", "personalise.data.clients=2", "personalise.data.train_per_class=1"),
     *("personalise.training.epochs=1", "prune.pruning.iterations=1"),
 )
-EDGE = tuple(part for text in _SMALLEST for part in ("--set", text))
+EDGE = tuple(part for text in SMALLEST for part in ("--set", text))
 
 FEDSELECT = "hansa train examples/digits-fedselect.toml"
 COMPARE = "hansa compare examples/digits-fedselect.toml"
 SCENES: dict[str, Scene] = {
-    "demo": Scene({"hansa demo": ()}),
     "first": Scene(
         {
             "hansa --help": (),
@@ -246,6 +245,8 @@ SCENES: dict[str, Scene] = {
 }
 
 ELSEWHERE: dict[str, str] = {
+    "hansa demo": "tests/pipeline/test_demo.py",
+    "hansa pipeline language": "tests/pipeline/test_language.py",
     f"{FEDSELECT} --engine flower": "tests/federation/engines/test_simulation.py",
     f"{FEDSELECT} --set name=on-flower --engine flower": (
         "tests/federation/engines/test_simulation.py"
