@@ -246,6 +246,7 @@ SCENES: dict[str, Scene] = {
 
 ELSEWHERE: dict[str, str] = {
     "hansa demo": "tests/pipeline/test_demo.py",
+    "hansa ui": "tests/ui/",
     "hansa pipeline language": "tests/pipeline/test_language.py",
     f"{FEDSELECT} --engine flower": "tests/federation/engines/test_simulation.py",
     f"{FEDSELECT} --set name=on-flower --engine flower": (
