@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 KERNELS := src/hansa/sparse/kernels.cpp src/hansa/sparse/build.py
 
-.PHONY: setup demo test acceptance lint bench clean
+.PHONY: setup demo test acceptance lint audit docs bench clean
 
 .venv/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hansa needs Python 3.11 or later; set PYTHON=")'
@@ -33,6 +33,18 @@ lint: setup
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit -q -r src -c pyproject.toml
+
+# Known weaknesses of the pinned versions, by the database of PyPA; it needs the network.
+audit: .venv/.python
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3'
+	.venv/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
+
+# The documentation as a site, in build/site; any web server shows it, this machine's included:
+# .venv/bin/python -m http.server -d build/site
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup
 	$(BIN)/python benchmarks/personalisation.py --quick
@@ -43,6 +55,7 @@ bench: setup
 	$(BIN)/python benchmarks/curation.py --quick
 	$(BIN)/python benchmarks/safeguard.py --quick
 	$(BIN)/python benchmarks/audit.py --quick
+	$(BIN)/python benchmarks/fuzz.py --quick
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -126,6 +126,26 @@ def named(pids: list[int], text: str) -> list[int]:
     return found
 
 
+def check_logs(place: Path) -> None:
+    """No log, status or table of any party holds a line of a private key, or a node's secret."""
+    secrets: dict[bytes, Path] = {}
+    for path in place.rglob("*.key"):
+        lines = [line for line in path.read_bytes().splitlines() if not line.startswith(b"-----")]
+        assert lines, path
+        secrets |= dict.fromkeys(lines, path)
+    for path in place.rglob("releases.json"):
+        secrets[json.loads(path.read_text())["secret"].encode()] = path
+    assert secrets
+    told = [
+        path for ending in ("*.log", "log.txt", "status/*.json") for path in place.rglob(ending)
+    ]
+    assert told
+    for path in told:
+        content = path.read_bytes()
+        for secret, where in secrets.items():
+            assert secret not in content, f"{path} holds what is in {where}"
+
+
 def check_states(place: Path, run: Run, local: Run, below: Sequence[str]) -> None:
     """States after three rounds are those of the local engine, bit for bit.
 

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,9 @@ from hansa.audit.tamper import OPERATORS
 from hansa.auditing import load as load_audit
 from hansa.config import load
 from hansa.data.federate import DataOptions, federate
+from hansa.federation.attackers import Attackers, Kind
 from hansa.federation.methods import METHODS
+from hansa.federation.robust import Robust, Rule
 from hansa.models import Architecture, build
 from hansa.pruning import SCORERS
 from hansa.search.searchers import SEARCHERS
@@ -122,3 +125,30 @@ def test_every_row_of_the_search_benchmark_is_valid() -> None:
     values = np.array([0.1, 0.4, 0.7])
     assert abs(search.expected(values, 2) - (0.4 + 0.7 + 0.7) / 3) < 1e-12
     assert abs(search.expected(values, 3) - 0.7) < 1e-12
+
+
+def test_every_cell_of_the_robustness_benchmark_is_valid(tmp_path) -> None:
+    robustness = loaded("robustness")
+    rules = {row["rule"] for row in robustness.RULES.values() if row}
+    assert rules == set(get_args(Rule))
+    assert {row["kind"] for row in robustness.ATTACKS.values()} == set(get_args(Kind))
+    for row in robustness.RULES.values():
+        if row:
+            Robust.model_validate(row).check(robustness.CLIENTS, "root")
+    for row in robustness.ATTACKS.values():
+        Attackers.model_validate({**row, "share": 0.1})
+    assert robustness.task("x.parquet", quick=True).options().source == "parquet:x.parquet"
+    todo = robustness.cells(quick=False)
+    assert len({str(cell) for cell in todo}) == len(todo) == 3 * 7 * (1 + 5 * 3)
+    cell = robustness.Cell("krum", "little", 0.3, 0)
+    short = robustness.Task("{}", {"name": "mlp", "options": {"hidden": [4]}}, 1, 0.1, 64)
+    robustness.keep(cell, short, tmp_path)
+    found = robustness.gathered(tmp_path, [cell])
+    assert 0 <= found["krum"]["little"]["30"] <= 100
+
+
+def test_every_row_of_the_membership_benchmark_is_valid() -> None:
+    benchmark = loaded("membership")
+    for privacy in benchmark.ROWS.values():
+        config = load(benchmark.configuration(privacy, 0, "runs", 2))
+        assert (config.privacy is None) == (privacy is None)

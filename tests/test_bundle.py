@@ -9,7 +9,7 @@ import torch
 from hansa import bundle
 from hansa.bundle import ARCHITECTURE, CARD, MASKS, WEIGHTS, Bundle
 from hansa.errors import InputError
-from hansa.files import sync_folder, write_atomic
+from hansa.files import new_folder, sync_folder, write_atomic
 
 WHOLE: dict[str, Any] = {
     "stage": "train",
@@ -121,6 +121,21 @@ def test_lineage_names_every_stage_oldest_first(tmp_path: Path) -> None:
         {"stage": "train", "digest": train.digest},
         {"stage": "prune", "digest": prune.digest},
     ]
+
+
+def test_what_privacy_was_spent_and_how_classes_are_called_pass_on(tmp_path: Path) -> None:
+    north = {"north": {"epsilon": 2.0}}
+    first = write(tmp_path / "1", privacy=north, labels=("cat", "dog"))
+    second = write(tmp_path / "2", stage="prune", parent=first)
+    assert second.labels == ["cat", "dog"]
+    assert second.privacy == [{"stage": "train", "nodes": north}]
+    third = write(
+        tmp_path / "3", parent=second, privacy={"south": {"epsilon": 3.0}}, labels=["a", "b"]
+    )
+    assert [entry["stage"] for entry in third.privacy] == ["train", "train"]
+    assert third.privacy[1]["nodes"] == {"south": {"epsilon": 3.0}}
+    assert third.labels == ["a", "b"]
+    assert not {"privacy", "labels"} & set(write(tmp_path / "4").card)
 
 
 @pytest.mark.parametrize("bit", [1, 128])
@@ -334,3 +349,33 @@ def test_an_atomic_write_makes_no_folders(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path: Path) -> None:
     sync_folder(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as folder:
+        (folder / "a").mkdir()
+        (folder / "a" / "file").write_text("held")
+        assert not list((tmp_path / "empty").iterdir())
+    assert (tmp_path / "empty" / "a" / "file").read_text() == "held"
+
+    def interrupted() -> None:
+        with new_folder(tmp_path / "deep" / "o") as folder:
+            (folder / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list((tmp_path / "deep").iterdir()) == []
+    (tmp_path / "deep" / ".o.tmp" / "left").mkdir(parents=True)  # by a kill
+    with new_folder(tmp_path / "deep" / "o") as folder:
+        assert list(folder.iterdir()) == []
+    assert [each.name for each in (tmp_path / "deep").iterdir()] == ["o"]
+    (tmp_path / "link").symlink_to(tmp_path / "deep")
+    for taken in ("empty", "link"):
+        with (
+            pytest.raises(InputError, match="nothing is overwritten"),
+            new_folder(tmp_path / taken),
+        ):
+            pass
+    assert {p.name for p in tmp_path.iterdir()} == {"empty", "deep", "link"}

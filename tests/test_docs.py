@@ -2,13 +2,14 @@
 
 import re
 import shutil
+import sys
 import tomllib
 from ast import literal_eval
-from pathlib import Path
 from typing import get_args
 
 import pytest
 
+from documents import PAGES, ROOT, blocks, files
 from hansa.audit.options import DEFENCES, ArmOptions, AuditOptions, GateOptions, TargetOptions
 from hansa.audit.plan import read_plan
 from hansa.auditing import load as load_audit
@@ -16,8 +17,10 @@ from hansa.config import load
 from hansa.curation.options import CurationOptions, Guard, ThresholdOptions, WarmUp
 from hansa.curation.scores import SCORES
 from hansa.data.corruption import Corruption
+from hansa.federation.attackers import Attackers, Kind
 from hansa.federation.methods import METHODS
 from hansa.federation.methods.official import QUIRKS
+from hansa.federation.robust import Robust, Rule
 from hansa.pruning import SCORERS
 from hansa.pruning.options import PruningOptions
 from hansa.safeguard.phases import AnyPhase
@@ -33,12 +36,7 @@ from hansa.searching import load as load_search
 from hansa.training import train
 from support import in_turn
 
-ROOT = Path(__file__).parents[1]
 PHASES = get_args(get_args(AnyPhase)[0])
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("code", blocks(ROOT / "README.md", "python"))
@@ -145,6 +143,14 @@ def test_every_scorer_and_option_of_pruning_is_documented() -> None:
     ]
 
 
+def test_every_rule_attack_and_option_of_robustness_is_documented() -> None:
+    text = (ROOT / "docs" / "robustness.md").read_text()
+    for name in (*get_args(Rule), *get_args(Kind), *Robust.model_fields, *Attackers.model_fields):
+        assert f"`{name}`" in text or f"{name} = " in text, name
+    (values,) = blocks(ROOT / "docs" / "robustness.md", "toml")
+    load(tomllib.loads(values))
+
+
 def test_the_documented_configuration_is_valid() -> None:
     import tomllib
 
@@ -182,7 +188,9 @@ def test_a_flower_app_of_ones_own_runs(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_every_method_its_options_and_quirks_are_documented() -> None:
-    text = (ROOT / "docs" / "methods.md").read_text()
+    # The table of methods, and the pages of those that have one of their own.
+    pages = ("methods", "fedselect", "sparse", "worldlm")
+    text = "".join((ROOT / "docs" / f"{page}.md").read_text() for page in pages)
     assert all(f"| `{name}` |" in text for name in METHODS)
     assert all(f"| `{quirk}` |" in text for quirk in QUIRKS)
     options = {key for kind in METHODS.values() for key in kind.model_fields}
@@ -201,3 +209,40 @@ def test_the_guide_to_safeguards_names_what_there_is() -> None:
     assert set(load_safeguard(both).data.clients) == {"hospital", "laboratory"}
     for preset in re.findall(r'preset = "?(\w+)', text):
         assert preset in PRESETS
+
+
+RUN_HERE = [
+    "concepts.md",
+    "howto/own-data.md",
+    "howto/own-model.md",
+    "reference/index.md",
+    "start.md",
+]
+ELSEWHERE = {  # those above, and the guide to methods in test_own_method.py
+    *("audit.md", "curation.md", "deployment.md", "pruning.md", "search.md", "sparse.md"),
+    "howto/own-method.md",
+    "audit-proxy.md",  # for Inspect: test_audit_inspect.py, where that is installed
+}
+
+
+@pytest.mark.parametrize("page", RUN_HERE)
+def test_code_in_the_first_pages_runs(page: str, tmp_path, monkeypatch, capsys) -> None:
+    """With the page's own files, and in ``own-model.md`` after the page's own run."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    saved = files(ROOT / "docs" / page)
+    for name, text in saved.items():
+        (tmp_path / name).write_text(text)
+    if "narrow.toml" in saved:
+        train("narrow.toml", overrides=["rounds=1"])
+    for code in blocks(ROOT / "docs" / page, "python"):
+        exec(code, {})  # noqa: S102
+        assert capsys.readouterr().out
+    sys.modules.pop("nets", None)
+
+
+def test_no_page_has_code_that_nobody_runs() -> None:
+    pages = [path for path in PAGES if path.parent != ROOT and blocks(path, "python")]
+    named = {str(path.relative_to(ROOT / "docs")) for path in pages}
+    assert named == {*RUN_HERE, *ELSEWHERE}

@@ -16,6 +16,7 @@ def test_an_exported_bundle_is_the_client_s_model_with_its_masks_and_line(tmp_pa
     read = hansa.read_bundle(run.path / "clients" / "client-1")
     assert read.digest == made.digest
     assert [step["stage"] for step in read.lineage] == ["train", "personalise"]
+    assert read.labels == [str(digit) for digit in range(10)]
     assert read.lineage[0]["digest"] == hansa.read_bundle(run.path / "bundle").digest
 
     trial = prepare(run.config)

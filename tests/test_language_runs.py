@@ -294,6 +294,25 @@ def test_a_private_node_tells_its_epsilon_and_stops_at_its_budget(config: dict[s
     assert fates == ["ok"] * stops + ["spent"] * (4 - stops)
     assert len(set(spent[:stops])) == stops
     assert len(set(spent[stops - 1 :])) == 1
+    node = {"unit": "update", "noise": 1.0, "delta": 1e-5, "epsilon": spent[3], "drawn": "seed"}
+    made = hansa.read_bundle(run.path / "bundle")
+    assert made.privacy == [{"stage": "train", "nodes": {"a1": node}}]
+    assert made.labels == []
+    own = hansa.export(run, "a1")  # tells it once, by its parent
+    assert own.privacy == made.privacy
+
+
+def test_a_card_tells_of_all_private_nodes_and_of_ancestors(config: dict[str, Any]) -> None:
+    """Rules of A hold for its own text and below it; without noise epsilon is infinite."""
+    config = changed(config, "nodes.A.privacy", {"noise": 0.0})
+    first = hansa.train(changed(config, "rounds", 1))
+    start = hansa.read_bundle(first.path / "bundle")
+    node = {"unit": "gradient", "noise": 0.0, "delta": 1e-5, "epsilon": None, "drawn": "seed"}
+    assert start.privacy == [{"stage": "train", "nodes": dict.fromkeys(("A", "a1", "a2"), node)}]
+    config = changed(config, "nodes.A.privacy", None)
+    config = changed(config, "model.bundle", str(first.path / "bundle"))
+    again = hansa.train(changed(config, "name", "again"))
+    assert hansa.read_bundle(again.path / "bundle").privacy == start.privacy
 
 
 # Wrong input: one line that names the key.

@@ -14,7 +14,8 @@ A bundle is a folder:
     of a language model, what its tokens stand for.
 ``card.json``
     provenance: stage, configuration, seed, data fingerprint, metrics, the digests of the files
-    above, and the digests of the bundles that this one came from.
+    above, and the digests of the bundles that this one came from. Where training was private,
+    what it and that of the ancestors spent; where classes have names, those.
 
 The digest of a bundle is the SHA-256 of its card; since the card holds the digests of all other
 files and of the ancestors, it vouches for the whole line. Nothing in a bundle is code.
@@ -23,17 +24,18 @@ files and of the ancestors, it vouches for the whole line. Nothing in a bundle i
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from hansa.errors import InputError
 from hansa.files import sync_folder, write_atomic
+from hansa.tensor_files import tensors_of
+from hansa.untrusted import json_of, read_bytes
 
 FORMAT = 1
 CARD, ARCHITECTURE, WEIGHTS, MASKS, KEPT, TOKENIZER = (
@@ -75,6 +77,16 @@ class Bundle:
         """Stage and digest of every ancestor, oldest first, and of this bundle."""
         return [*self.card["lineage"], {"stage": self.card["stage"], "digest": self.digest}]
 
+    @property
+    def privacy(self) -> list[dict[str, Any]]:
+        """What every private stage up to here spent, oldest first: ``stage`` and ``nodes``."""
+        return list(self.card.get("privacy", ()))
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes in the order of the logits; empty where they are not known."""
+        return list(self.card.get("labels", ()))
+
 
 def write(
     path: Path,
@@ -90,6 +102,8 @@ def write(
     kept: Tensors | None = None,
     parent: Bundle | None = None,
     tokenizer: str = "",
+    privacy: Mapping[str, Mapping[str, Any]] | None = None,
+    labels: Sequence[str] = (),
 ) -> Bundle:
     """Write a bundle; the folder appears whole or not at all.
 
@@ -106,6 +120,8 @@ def write(
         kept: bool masks by parameter name, True where a weight was kept by pruning.
         parent: the bundle that the stage started from.
         tokenizer: of a language model, its tokenizer as JSON.
+        privacy: private node -> what this stage spent of it, as JSON values.
+        labels: names of the classes in the order of the logits; by default the parent's.
 
     Raises:
         InputError: the path holds something that is no bundle.
@@ -131,6 +147,11 @@ def write(
         "lineage": parent.lineage if parent else [],
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
+    # What training spent, it spent for every model that is made of its own.
+    spent = [*(parent.privacy if parent else ())]
+    spent += [{"stage": stage, "nodes": privacy}] if privacy else []
+    named = [*labels] or (parent.labels if parent else [])
+    card |= {key: value for key, value in (("privacy", spent), ("labels", named)) if value}
     files[CARD] = _json(card)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
@@ -186,7 +207,7 @@ def read_bundle(path: str | Path) -> Bundle:
     path = Path(path)
     card_bytes = _bytes(path, CARD)
     try:
-        card = json.loads(card_bytes)
+        card = json_of(card_bytes)
         known = card["format"] == FORMAT
         files = card["files"]
         complete = isinstance(files, dict)
@@ -197,12 +218,15 @@ def read_bundle(path: str | Path) -> Bundle:
             KEPT,
             TOKENIZER,
         }
-        complete = complete and isinstance(card["lineage"], list) and "stage" in card
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        complete = complete and _is_card(card)
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(str(path / CARD), "no card of a bundle", "a bundle") from error
     if not (known and complete):
         raise InputError(str(path / CARD), "another format", f"format {FORMAT}")
     held = {p.name for p in path.iterdir()}
+    # What a link leads to is not part of the bundle, and goes wherever it likes once it is moved.
+    if links := sorted(name for name in (*files, CARD) if (path / name).is_symlink()):
+        raise InputError(str(path / links[0]), "a link", "the file itself")
     if odd := sorted(held - set(files) - {CARD}):
         raise InputError(str(path / odd[0]), "a file that the card does not name", "no such file")
     content = {name: _bytes(path, name) for name in files}
@@ -210,15 +234,21 @@ def read_bundle(path: str | Path) -> Bundle:
         if hashlib.sha256(content[name]).hexdigest() != digest:
             raise InputError(str(path / name), "content that differs from the card", f"{digest}")
     try:
-        weights = safetensors.torch.load(content[WEIGHTS])
+        weights = tensors_of(content[WEIGHTS])
         masks, kept = (
-            safetensors.torch.load(content[name]) if name in content else {}
-            for name in (MASKS, KEPT)
+            tensors_of(content[name]) if name in content else {} for name in (MASKS, KEPT)
         )
-        architecture = json.loads(content[ARCHITECTURE])
+        architecture = json_of(content[ARCHITECTURE])
         tokenizer = content.get(TOKENIZER, b"").decode()
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(str(path), f"unreadable content ({error})", "a bundle") from error
+    if not isinstance(architecture, dict):
+        found = type(architecture).__name__
+        raise InputError(str(path / ARCHITECTURE), found, "a table that says how to build it")
+    for name, group in ((MASKS, masks), (KEPT, kept)):
+        for key, mask in group.items():
+            if mask.dtype is not torch.bool:
+                raise InputError(str(path / name), f"{mask.dtype} as {key}", "truth values")
     digest = hashlib.sha256(card_bytes).hexdigest()
     return Bundle(weights, architecture, masks, kept, card, digest, tokenizer)
 
@@ -235,9 +265,28 @@ def digest(tensors: Tensors) -> str:
 
 def _bytes(path: Path, name: str) -> bytes:
     try:
-        return (path / name).read_bytes()
-    except OSError as error:
+        return read_bytes(path / name)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(str(path / name), "no such file", "a bundle's folder") from error
+    except OSError as error:
+        raise InputError(str(path / name), f"unreadable ({error.strerror})", "a file") from error
+
+
+def _is_card(card: Mapping[str, Any]) -> bool:
+    """Tell whether a card has what those who pass a bundle on take from it, of the right kinds."""
+    kinds = {"stage": str, "config": dict, "seed": int, "data": str, "metrics": dict}
+    lineage = card["lineage"]
+    return (
+        all(isinstance(card[key], kind) for key, kind in kinds.items())
+        and isinstance(lineage, list)
+        and all(
+            isinstance(each, dict)
+            and isinstance(each.get("stage"), str)
+            and isinstance(each.get("digest"), str)
+            for each in lineage
+        )
+        and all(isinstance(digest, str) for digest in card["files"].values())
+    )
 
 
 def _tensors(tensors: Tensors) -> bytes:

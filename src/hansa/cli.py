@@ -14,7 +14,8 @@ from rich.table import Table
 
 from hansa import cli_pipeline, cli_safeguard
 from hansa.cli_audit import app as audit_app
-from hansa.cli_parts import Json, follow
+from hansa.cli_bundle import app as bundle_app
+from hansa.cli_parts import Json, follow, follow_all
 from hansa.cli_parts import progress as _progress
 from hansa.cli_parts import told as _told
 from hansa.cli_search import app as search_app
@@ -205,7 +206,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The bundle to write.")] = None,
     json_: Json = False,
 ) -> None:
-    """Write a client's own model out of a run, as a bundle."""
+    """Write a client's own model out of a run, as a bundle; for other tools, see `hansa bundle`."""
     from hansa.export import export as write_model
 
     path = out or run / "clients" / client
@@ -238,6 +239,7 @@ app.command()(cli_safeguard.redteam)
 app.command()(ui)
 
 app.add_typer(audit_app, name="audit")
+app.add_typer(bundle_app, name="bundle")
 app.add_typer(search_app, name="search")
 deploy = typer.Typer(rich_markup_mode=None, help="Run a federation on machines of its members.")
 app.add_typer(deploy, name="deploy")
@@ -335,27 +337,25 @@ def export_own(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the demo's runs.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the runs.", min=0)] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for the demo's runs.")] = Path("runs"),
+    seed: Annotated[int, typer.Option(help="Seed of all stages.", min=0)] = 0,
     json_: Json = False,
 ) -> None:
-    """Compare four methods on handwritten digits held by ten clients of two classes each."""
+    """Take two small models from first idea to release: the shipped pipelines, made smaller."""
     from hansa.demo import demo as run_demo
 
-    with _progress() as progress:
-        watches: dict[str, Any] = {}
-
-        def watch(run: Any, result: Any) -> None:
-            name = run.config.method.name
-            watches.setdefault(name, _watch(progress, name))(run, result)
-
-        runs, page = run_demo(output, seed, watch)
-    summaries = [run.summary() for run in runs]
+    with _progress("") as progress, _told(progress):
+        watch = follow_all(progress)
+        made = run_demo(
+            output,
+            seed,
+            lambda stage, what, done, total: watch(f"{stage}: {what}", done, total),
+        )
     if json_:
-        print(json.dumps({"runs": summaries, "report": str(page)}))
-    else:
-        _print(summaries, False)
-        print(f"report: {page}")
+        print(json.dumps({"pipelines": [each.summary for each in made]}))
+        return
+    for each in made:
+        cli_pipeline.show(each)
 
 
 # Typer's own base of all usage errors; newer releases carry it inside, older ones take click's.

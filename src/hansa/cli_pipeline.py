@@ -50,6 +50,11 @@ def pipeline(
     if json_:
         print(json.dumps(made.summary))
         return
+    show(made)
+
+
+def show(made: Any) -> None:
+    """Print what a pipeline made."""
     Console().print(_table(made.stages))
     print(f"pipeline: {made.path}\nreport: {made.report}")
 

@@ -1,27 +1,30 @@
 """The configuration of a training run: validated, written back, compared."""
 
 import difflib
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hansa.curation.options import CurationOptions
 from hansa.data.federate import DataOptions
 from hansa.data.text import TextOptions
 from hansa.errors import InputError
+from hansa.federation.attackers import Attackers
 from hansa.federation.engines.plan import EngineOptions
-from hansa.federation.methods import METHODS, FedAvg, Method
+from hansa.federation.methods import FedAvg, Method, method_class, named
 from hansa.federation.node import Buffers
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
+from hansa.federation.privacy import Privacy
+from hansa.federation.robust import Robust
 from hansa.federation.rules import Rules
 from hansa.federation.tree import ROOT, Tree
 from hansa.models.language import LANGUAGE
 from hansa.pruning.options import PruningOptions
+from hansa.untrusted import read_text, toml_of
 
 
 class _Section(BaseModel):
@@ -44,6 +47,33 @@ class ModelOptions(_Section):
     fresh: bool = Field(False, strict=True)
     """Take no weights of the bundle, which then only stands among the ancestors: for a model that
     was found on other data."""
+
+
+class PrivacyOptions(Privacy):
+    """Differential privacy of all clients of a flat run, or of those below inner nodes."""
+
+    where: Literal["clients", "central"] = "clients"
+    """Who adds the noise: each client before anything leaves it, or the root, which is then
+    trusted, once for all (``central``)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_updates(cls, values: Any) -> Any:
+        """Fill in the unit of central privacy, which has one only."""
+        if isinstance(values, Mapping) and values.get("where") == "central":
+            return {"unit": "update", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _has_unit(self) -> "PrivacyOptions":
+        if self.where == "central" and self.unit != "update":
+            raise ValueError("the root sees updates only: where = 'central' needs unit = 'update'")
+        return self
+
+    @property
+    def rule(self) -> Privacy:
+        """The same without who adds the noise."""
+        return Privacy.model_validate(self.model_dump(exclude={"where"}))
 
 
 class TreeOptions(_Section):
@@ -75,6 +105,10 @@ class RunEngine(EngineOptions):
     """Memory for the states of clients; what does not fit is read from disk when needed."""
 
 
+Tracker = Literal["tensorboard", "mlflow"]
+"""Where a run's figures can be watched beside its own folder."""
+
+
 class RunConfig(_Section):
     """Everything that determines a run."""
 
@@ -90,6 +124,8 @@ class RunConfig(_Section):
     """Rounds between scores; the last round is always scored, 0 scores no other."""
     compare_up_to: int = Field(25, ge=0, strict=True)
     """Most clients whose models and masks are compared two by two after the last round."""
+    tracking: tuple[Tracker, ...] = ()
+    """Where the figures of each round are written as well: ``tensorboard``, ``mlflow``, or both."""
     on_failure: Literal["stop", "drop"] = "stop"
     """A client whose loss is no number stops the run, or is dropped from its round."""
     data: DataOptions = DataOptions()
@@ -105,9 +141,22 @@ class RunConfig(_Section):
     """Which training examples are used, where nodes hold questions and answers; all of them where
     it is not set."""
     method: Method = FedAvg()
+    """The algorithm; ``method.name`` is one of ``METHODS`` or ``module:Class``."""
     participation: Participation = Participation()
+    robust: Robust | None = None
+    """The rule by which replies are merged; the weighted mean where it is not set."""
+    attackers: Attackers | None = None
+    """Simulated attackers among the clients."""
+    privacy: PrivacyOptions | None = None
+    """Differential privacy of the clients; none where it is not set."""
     tree: TreeOptions = TreeOptions()
     engine: RunEngine = RunEngine()
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Take one name for a list of it."""
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -125,6 +174,20 @@ class RunConfig(_Section):
         """Where the run lies, unless the name is taken."""
         return Path(self.output) / f"{self.name}-seed{self.seed}"
 
+    @property
+    def rules(self) -> dict[str, Rules]:
+        """Name of a node -> what holds there, and below it where nothing else does."""
+        rules = {name: node.rules for name, node in self.nodes.items()}
+        if self.privacy is not None and self.privacy.where == "clients":
+            rules[ROOT] = Rules(privacy=self.privacy.rule)
+        return rules
+
+    @property
+    def central(self) -> Privacy | None:
+        """Privacy of the clients' updates that the root takes care of."""
+        central = self.privacy is not None and self.privacy.where == "central"
+        return self.privacy.rule if self.privacy is not None and central else None
+
     def shape(self) -> Tree:
         """Return the tree that is written out.
 
@@ -136,9 +199,10 @@ class RunConfig(_Section):
     def as_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values, without what is not set."""
         unread = {"nodes"} if self.text is None else {"data", "tree"}
+        unread |= set() if self.tracking else {"tracking"}
         values = self.model_dump(mode="json", exclude={"method", *unread}, exclude_none=True)
         method = self.method.model_dump(mode="json", exclude_none=True)
-        return {**values, "method": {"name": self.method.name, **method}}
+        return {**values, "method": {"name": named(self.method), **method}}
 
     def as_toml(self) -> str:
         """Return the configuration as TOML that reads back equal."""
@@ -195,10 +259,10 @@ def read(path: Path) -> dict[str, Any]:
         InputError: no such file, or no TOML.
     """
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return toml_of(read_text(path))
     except FileNotFoundError as error:
         raise InputError(str(path), "no such file", "a configuration in TOML") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(str(path), f"no TOML ({error})", "a configuration in TOML") from error
     except OSError as error:
         raise InputError(str(path), f"unreadable ({error.strerror})", "a file") from error
@@ -215,8 +279,8 @@ def override(values: dict[str, Any], text: str) -> dict[str, Any]:
     if not equals or not all(parts):
         raise InputError("--set", repr(text), "key=value, such as training.lr=0.1")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = toml_of(f"value = {value}")["value"]
+    except ValueError:
         parsed = value
     return _put(values, parts, parsed, key.strip())
 
@@ -241,20 +305,22 @@ def _validate(values: dict[str, Any]) -> RunConfig:
     if not isinstance(method, Mapping):
         raise InputError("method", repr(method), "a table with a name")
     options = dict(method)
-    name = options.pop("name", None)
-    if not isinstance(name, str) or name not in METHODS:
-        raise InputError("method.name", repr(name), ", ".join(METHODS))
+    kind = method_class(options.pop("name", None))
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise explain(error, RunConfig, values) from error
     _check_text(config, values)
     _check_curation(config)
+    _check_privacy(config)
     try:
-        config = config.model_copy(update={"method": METHODS[name].model_validate(options)})
+        config = config.model_copy(update={"method": kind.model_validate(options)})
     except ValidationError as error:
-        raise explain(error, METHODS[name], options, "method.") from error
+        raise explain(error, kind, options, "method.") from error
     _check_scored(config)
+    if config.robust is not None and config.pruning is not None:
+        found = "a table beside [robust], whose rule does not cover the exchange of gradients"
+        raise InputError("pruning", found, "one of them")
     return config
 
 
@@ -310,6 +376,22 @@ def _check_curation(config: RunConfig) -> None:
                 "privacy beside [curation], whose looks at the data its budget does not count",
                 "one of them",
             )
+
+
+def _check_privacy(config: RunConfig) -> None:
+    """Refuse privacy beside looks at the data that its budget would not count.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if config.privacy is None:
+        return
+    if config.nodes and config.privacy.where == "clients":
+        raise InputError("privacy", "a table beside [nodes]", "[nodes.root.privacy]")
+    for key in ("pruning", "curation"):
+        if getattr(config, key) is not None:
+            found = f"a table beside [{key}], whose looks at the data its budget does not count"
+            raise InputError("privacy", found, "one of them")
 
 
 def _check_scored(config: RunConfig) -> None:

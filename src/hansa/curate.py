@@ -52,6 +52,7 @@ from hansa.federation.wire import decode, encode
 from hansa.files import write_atomic
 from hansa.report.curation import report
 from hansa.runs import Run, claim, locked
+from hansa.tensor_files import read_tensors
 from hansa.training import Trial, cohort_of, completed, prepare
 
 Step = Literal["score", "threshold", "filter", "train", "report"]
@@ -264,7 +265,7 @@ class _Stage:
             self.watch("training for gradients", number, warm_up.rounds)
             path = self.path / "runs" / f"warm-up-{key[:8]}-{number:08d}.safetensors"
             if path.exists():
-                held = safetensors.torch.load(path.read_bytes())
+                held = read_tensors(path)
                 params = {name: held[name] for name in params_of(self.trial.model)}
                 yield params, self.config.training.rate(number)
                 continue

@@ -37,13 +37,15 @@ def export(run: str | Path | Run, client: str, out: str | Path | None = None) ->
         masks = federation.masks_of(client)
     common = run.path / "bundle"
     finished = (run.path / "summary.json").exists() and common.exists()
+    parent = bundle.read_bundle(common) if finished else None
     return trial.write_bundle(
         Path(out) if out is not None else run.path / "clients" / client,
         "personalise",
         weights,
         _scores(run, client),
         masks,
-        bundle.read_bundle(common) if finished else None,
+        parent,
+        None if parent else run.privacy(),  # the common model's card tells it already
     )
 
 

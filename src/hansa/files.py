@@ -1,7 +1,12 @@
 """Files that are there whole or not at all."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from hansa.errors import InputError
 
 
 def write_atomic(path: Path, content: bytes | str, is_secret: bool = False) -> None:
@@ -28,6 +33,38 @@ def write_atomic(path: Path, content: bytes | str, is_secret: bool = False) -> N
         beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to fill, which takes its name when all of it is on the disk, or goes.
+
+    Args:
+        path: where it is to lie; an empty folder may lie there.
+
+    Raises:
+        InputError: something else lies there.
+    """
+    allowed = "a new folder: nothing is overwritten"
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(str(path), "something that is no folder", allowed)
+    if path.is_dir() and (held := sorted(entry.name for entry in path.iterdir())):
+        raise InputError(str(path), f"a folder with {held[0]} in it", allowed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)  # what a kill may have left
+    beside.mkdir()
+    try:
+        yield beside
+        for folder, _, names in os.walk(beside):
+            for name in names:
+                with (Path(folder) / name).open("rb") as file:
+                    os.fsync(file.fileno())
+            sync_folder(Path(folder))
+        beside.rename(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

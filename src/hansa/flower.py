@@ -1,6 +1,7 @@
 """Hansa's methods in Flower apps.
 
-``strategy`` and ``client_app`` are for an app of one's own, ``apps`` makes one of a federation's
+``strategy`` and ``client_app`` are for an app of one's own, ``secure_apps`` makes one whose server
+sees no single update, ``apps`` one of a federation's
 settings, as ``hansa deploy`` writes them. PyTorch is imported where it is needed: Flower starts a
 process for every message, and a member's only passes it on to one that stays.
 """
@@ -27,14 +28,19 @@ from hansa.federation.engines.flower.exchange import Answer, Request
 if TYPE_CHECKING:
     from hansa.deploy.charter import Charter
     from hansa.deploy.holding import Holding
+    from hansa.federation.engines.flower.secure import SecureOptions, secure_apps
     from hansa.federation.engines.flower.strategy import HansaStrategy as strategy  # noqa: N813
     from hansa.federation.engines.flower.strategy import node_app as client_app
 
-__all__ = ["apps", "client_app", "strategy"]
+__all__ = ["SecureOptions", "apps", "client_app", "secure_apps", "strategy"]
 _HELLO = 60.0  # seconds that what stays has to say that it is there
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("secure_apps", "SecureOptions"):
+        from hansa.federation.engines.flower import secure
+
+        return getattr(secure, name)
     if name not in ("strategy", "client_app"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from hansa.federation.engines.flower import strategy as module

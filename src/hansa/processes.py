@@ -7,13 +7,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing
+
+SMALL = 2**22
+"""Parameters from which on one product of a model keeps several threads busy."""
 
 
 @contextmanager
@@ -77,6 +80,15 @@ def one_thread() -> Iterator[None]:
     """Hold PyTorch to one thread, on whose number the rounding of a sum may depend."""
     with threads(1):
         yield
+
+
+def threads_for(parameters: int) -> AbstractContextManager[None]:
+    """Hold PyTorch to one thread for a small model, whose threads would only wait for each other.
+
+    Args:
+        parameters: of the model; from ``SMALL`` on nothing is changed.
+    """
+    return one_thread() if parameters < SMALL else nullcontext()
 
 
 def processor() -> str:

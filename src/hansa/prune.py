@@ -108,6 +108,7 @@ def prune(
         data=data.fingerprint,
         kept=made.masks,
         parent=parent,
+        labels=data.classes,
     )
     if structured:  # it differs from time to time, and so has no place in the bundle
         summary["forward_seconds"] = _speed(model, made.model, batches[0][0])

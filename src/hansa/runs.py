@@ -24,20 +24,19 @@ import errno
 import fcntl
 import json
 import logging
+import re
 import secrets
 import shutil
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_masks
 from safetensors.torch import save as save_masks
 
 from hansa import bundle
@@ -47,8 +46,13 @@ from hansa.errors import InputError
 from hansa.federation.engines.engine import RoundResult
 from hansa.federation.engines.plan import Plan
 from hansa.federation.history import SCHEMAS, History, tables_of
+from hansa.federation.rules import inherited
 from hansa.federation.store import DiskStore
+from hansa.federation.tree import ROOT, name_of
 from hansa.files import sync_folder, write_atomic
+from hansa.parquet import read_table
+from hansa.tensor_files import read_tensors
+from hansa.untrusted import json_of, read_text
 
 FORMAT = 5
 
@@ -180,8 +184,8 @@ class Run:
         if not path.exists():
             return None
         try:
-            return load_masks(path.read_bytes())
-        except SafetensorError as error:
+            return read_tensors(path)
+        except (OSError, ValueError) as error:
             raise InputError(str(path), f"unreadable ({error})", "masks") from error
 
     def keep_masks(self, masks: dict[str, torch.Tensor], result: RoundResult) -> None:
@@ -197,14 +201,16 @@ class Run:
             InputError: a file that cannot be read.
         """
         found = sorted((self.path / "curation").glob("*.json"))
-        path = next((p for p in reversed(found) if int(p.stem) <= round_), None)
+        path = next((p for p in reversed(found) if _number(p.stem) <= round_), None)
         if path is None:
             return None
         try:
-            tensors = load_masks(path.with_suffix(".safetensors").read_bytes())
-            held = json.loads(path.read_text())
-        except (OSError, ValueError, SafetensorError) as error:
+            tensors = read_tensors(path.with_suffix(".safetensors"))
+            held = json_of(read_text(path))
+        except (OSError, ValueError) as error:
             raise InputError(str(path), f"unreadable ({error})", "masks") from error
+        if not isinstance(held, dict):
+            raise InputError(str(path), type(held).__name__, "a table about the masks")
         clients: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, what = key.rpartition("/")
@@ -228,7 +234,11 @@ class Run:
     def plan(self) -> Plan | None:
         """How the newest round was done, None before the first."""
         plan = self.checkpoint.get("plan")
-        return Plan(**plan) if plan else None
+        try:
+            return Plan(**plan) if plan else None
+        except TypeError as error:
+            place = str(self.path / "checkpoint.json")
+            raise InputError(place, f"another plan ({error})", "that of a run") from error
 
     def record(self, result: RoundResult, plan: Plan | None) -> None:
         """Make one round permanent: tables, then the checkpoint, then the clearing-up.
@@ -255,6 +265,36 @@ class Run:
             self.history.add(tables)
         self._store.prune()
 
+    def privacy(self, drawn: Literal["seed", "secret"] = "seed") -> dict[str, dict[str, Any]]:
+        """Return private node -> its rules and the ``epsilon`` that its training has spent.
+
+        That is None where it is infinite, as without noise, or where it was not told node by node.
+        Of the nodes of a deployment, whose rules are their own, there is no more than they told.
+
+        Args:
+            drawn: where noise comes from: the run's seed, by which it can be taken off again, or a
+                secret of the node.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        if (central := self.config.central) is not None:
+            found = {ROOT: central.model_dump(include={"unit", "noise", "delta"})}
+        elif nodes := self.config.nodes:
+            rules = inherited(self.config.shape(), self.config.rules)
+            found = {
+                name_of(path): held.privacy.model_dump(include={"unit", "noise", "delta"})
+                for path, held in rules.items()
+                if held.privacy is not None and nodes[name_of(path)].text is not None
+            }
+        spent = self.history.epsilons()
+        if not found and (flat := self.config.privacy) is not None:
+            found = {
+                name: flat.rule.model_dump(include={"unit", "noise", "delta"}) for name in spent
+            }
+        return {
+            name: {**found.get(name, {}), "epsilon": spent.get(name), "drawn": drawn}
+            for name in found | spent
+        }
+
     def summary(self) -> dict[str, Any]:
         """Return where the run lies, its method, and what it measured in a few numbers."""
         about = {"run": str(self.path), "method": self.config.method.name}
@@ -272,9 +312,9 @@ class Run:
     def _read_checkpoint(self) -> dict[str, Any]:
         path = self.path / "checkpoint.json"
         try:
-            checkpoint = json.loads(path.read_text())
-            fits = checkpoint["format"] == FORMAT and type(checkpoint["round"]) is int
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            checkpoint = json_of(read_text(path))
+            fits = checkpoint["format"] == FORMAT and _is_round(checkpoint["round"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(str(path), f"no checkpoint ({error})", "that of a run") from error
         if not fits:
             raise InputError(str(path), "another format", f"format {FORMAT}")
@@ -285,7 +325,8 @@ class Run:
 
     def _parts(self) -> list[int]:
         """Return the rounds whose tables stand apart; a federation may have missed some."""
-        return sorted(int(p.name[:8]) for p in (self.path / "parts").glob("*-rounds.parquet"))
+        files = (self.path / "parts").glob(f"{'[0-9]' * 8}-rounds.parquet")
+        return sorted(int(p.name[:8]) for p in files)
 
     def _tables(self) -> list[dict[str, pa.Table]]:
         """Return the tables of every whole round; those of an unfinished round are left out."""
@@ -377,8 +418,18 @@ def _logged(path: Path) -> Iterator[None]:
         handler.close()
 
 
+def _is_round(value: object) -> bool:
+    """Tell whether a value numbers a round; a file is called by it, with eight digits."""
+    return type(value) is int and 0 <= value < 10**8
+
+
+def _number(stem: str) -> int:
+    """Return the round that a file is called by; of another file, one that never comes."""
+    return int(stem) if re.fullmatch(r"[0-9]{8}", stem) else 10**8
+
+
 def _read_table(path: Path, name: str) -> pa.Table:
-    table = pq.read_table(path)
+    table = read_table(path, str(path))
     if not table.schema.equals(SCHEMAS[name]):
         raise ValueError(f"{path.name} has other columns")
     return table

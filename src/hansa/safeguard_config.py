@@ -67,8 +67,17 @@ class Control(_Section):
 
     after: int = Field(0, ge=0, strict=True)
     """How many of the safeguard's own phases come first."""
-    phases: tuple[AnyPhase, ...] = Field(min_length=1)
+    phases: tuple[AnyPhase, ...] = ()
     """What follows them."""
+    path: str | None = None
+    """Another model in the place of both, as ``model.path`` names it: one that never saw what is
+    restricted, as the control ``never``."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "Control":
+        if bool(self.phases) == (self.path is not None) or (self.path is not None and self.after):
+            raise ValueError("phases, maybe after some of the safeguard's, or a path alone")
+        return self
 
 
 class SafeguardConfig(_Section):

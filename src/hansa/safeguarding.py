@@ -34,12 +34,13 @@ from hansa.errors import InputError
 from hansa.files import write_atomic
 from hansa.models.build import Architecture, build
 from hansa.models.language import CausalLM
+from hansa.processes import threads_for
 from hansa.report.safeguard_training import report
 from hansa.runs import claim, locked
 from hansa.safeguard.federated import Collector
 from hansa.safeguard.loop import descend
 from hansa.safeguard.measure import scores
-from hansa.safeguard.models import load_model, state_of, take_state
+from hansa.safeguard.models import Loaded, load_model, state_of, take_state
 from hansa.safeguard.opened import open_data
 from hansa.safeguard.phases import AnyPhase
 from hansa.safeguard.setup import Collect, Metrics, Setup
@@ -108,10 +109,17 @@ def safeguard(
 
 @dataclass(frozen=True)
 class _Link:
-    """One model of a chain: its key, and the phases that have made it, none for the start."""
+    """One model of a chain.
+
+    Attributes:
+        key: stands for all that it depends on.
+        made: the phases that have made it, none for the start.
+        path: where a start comes from that is not the safeguard's own.
+    """
 
     key: str
     made: tuple[AnyPhase, ...] = ()
+    path: str | None = None
 
     @property
     def phase(self) -> AnyPhase | None:
@@ -136,14 +144,20 @@ class _Stage:
         context = getattr(config.data, "context", 0)
         self._loaded = load_model(source, context) if source is not None else None
         self.data = open_data(config.data, self._loaded)
+        self._others = {
+            control.path: self._other(name, control.path)
+            for name, control in config.controls.items()
+            if control.path is not None
+        }
         self.histories: dict[str, list[Metrics]] = {}
 
     def work(self) -> None:
         """Make every model that is not there."""
-        for chain in self._chains.values():
-            for before, link in zip([None, *chain], chain, strict=False):
-                self._make(before, link, chain)
-                self.place.wait()  # the others read what the first has written
+        with threads_for(sum(p.numel() for p in self._model(None).parameters())):
+            for chain in self._chains.values():
+                for before, link in zip([None, *chain], chain, strict=False):
+                    self._make(before, link, chain)
+                    self.place.wait()  # the others read what the first has written
 
     def finish(self) -> None:
         """Put the safeguarded model in its place, and tell which model is which."""
@@ -197,12 +211,15 @@ class _Stage:
     def _chains(self) -> dict[str, list[_Link]]:
         """The models on the way to each role, the start first."""
         config, chain = self.config, self.config.chain
-        start = {
-            "model": config.model.model_dump(mode="json"),
-            "parent": digest(self._loaded.model.state_dict()) if self._loaded else "",
+        common = {
             "data": self._fingerprint,
             "seed": config.seed,
             "precision": config.precision,
+        }
+        start = {
+            **common,
+            "model": config.model.model_dump(mode="json"),
+            "parent": digest(self._loaded.model.state_dict()) if self._loaded else "",
         }
         num = next(k for k, phase in enumerate(chain) if not phase.is_pretraining)
         recipes: dict[str, Sequence[AnyPhase]] = {"unprotected": chain[:num]}
@@ -210,7 +227,8 @@ class _Stage:
             recipes["before"] = chain[:-1]
         recipes["safeguarded"] = chain
         for name, control in config.controls.items():
-            recipes[name] = (*chain[: control.after], *control.phases)
+            if control.path is None:
+                recipes[name] = (*chain[: control.after], *control.phases)
         found = {}
         for role, phases in recipes.items():
             links = [_Link(_key(start))]
@@ -218,6 +236,10 @@ class _Stage:
                 key = _key([links[-1].key, phase.model_dump(mode="json")])
                 links.append(_Link(key, (*links[-1].made, phase)))
             found[role] = links
+        for name, control in config.controls.items():
+            if control.path is not None:
+                other = {"other": digest(self._others[control.path].model.state_dict())}
+                found[name] = [_Link(_key({**common, **other}), path=control.path)]
         return found
 
     def _make(self, before: _Link | None, link: _Link, chain: Sequence[_Link]) -> None:
@@ -226,7 +248,7 @@ class _Stage:
             return
         if self.place.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-        model = self._model(before)
+        model = self._model(before, link.path)
         if link.phase is None:
             assert before is None  # noqa: S101 a chain's start
             self._keep(link, model, None)
@@ -266,7 +288,8 @@ class _Stage:
         weights = state_of(model)
         if self.place.rank:
             return
-        parent = self._loaded.parent if self._loaded else None
+        loaded = self._loaded if link.path is None else self._others[link.path]
+        parent = loaded.parent if loaded else None
         if before is not None:
             parent = self._bundle(before)
         self._write(self._folder(link) / "bundle", link, weights, told, parent)
@@ -299,9 +322,11 @@ class _Stage:
             tokenizer=self._loaded.tokenizer if self._loaded else "",
         )
 
-    def _model(self, link: _Link | None) -> nn.Module:
-        """Return a link's model, or the start's as it comes."""
-        if self._loaded is not None:
+    def _model(self, link: _Link | None, path: str | None = None) -> nn.Module:
+        """Return a link's model, or that of a start as it comes."""
+        if path is not None:
+            model = copy.deepcopy(self._others[path].model)
+        elif self._loaded is not None:
             model = copy.deepcopy(self._loaded.model)
         else:
             module = build(self._architecture, self.config.seed)
@@ -310,6 +335,18 @@ class _Stage:
         if link is not None:
             take_state(model, self._bundle(link).weights)
         return model
+
+    def _other(self, name: str, path: str) -> Loaded:
+        """Return the model of a control that does not come from the safeguard's own."""
+        key, loaded = f"controls.{name}.path", load_model(path, self.data.context)
+        mine, theirs = self._architecture, loaded.architecture
+        own = self._loaded.tokenizer if self._loaded else ""
+        is_alike = all(
+            getattr(mine, k) == getattr(theirs, k) for k in ("name", "options", "classes")
+        )
+        if not is_alike or own != loaded.tokenizer:
+            raise InputError(key, f"{path}, of another kind or tokenizer", "those of model.path")
+        return loaded
 
     def _bundle(self, link: _Link) -> bundle.Bundle:
         return bundle.read_bundle(self._folder(link) / "bundle")

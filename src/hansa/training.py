@@ -1,7 +1,7 @@
 """The train stage: a configuration in, a run folder out. ``hansa train`` is this function."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +29,17 @@ from hansa.models.language import beside_adapters
 from hansa.models.masks import attach
 from hansa.pruning.federated import check_pruning, pre_round
 from hansa.runs import Run
+from hansa.tracking import check_trackers, tracked
 
 _log = logging.getLogger("hansa")
 Watch = Callable[[Run, RoundResult], None]
-CHANGEABLE = ("engine.workers", "engine.state_memory_mb", "engine.stack_memory_mb", "rounds")
+CHANGEABLE = (
+    "engine.workers",
+    "engine.state_memory_mb",
+    "engine.stack_memory_mb",
+    "rounds",
+    "tracking",
+)
 """What a resumed run may change: none of it alters the rounds already there."""
 
 
@@ -57,6 +64,7 @@ def train(
         InputError: input that cannot be used, a loss that is no number included.
     """
     wanted, run = _open(config, overrides, resume)
+    check_trackers(wanted.tracking)
     if (asked := wanted.curation) is not None and asked.warm_up and asked.masks is None:
         raise InputError(
             "curation.warm_up",
@@ -71,16 +79,22 @@ def train(
         if wanted.pruning and run.masks is None:
             trial = prepare(wanted, trial.data, _pruned(run, trial))
         trial.federation.keep_states_in(store, run.round)
-        trial = _rounds(run, trial, store, watch)
+        with tracked(run) as record:
+            trial = _rounds(run, trial, store, [record, *([watch] if watch else [])])
         common = None
         if wanted.method.common:
             weights = trial.federation.model_of(ROOT).state_dict()
             # These are of the clients' models: what is scored, the method says.
             scored = "aggregated" if wanted.text else wanted.method.scored
-            metrics = {"scored": scored, **run.history.summary()["metrics"]}
+            summary = run.history.summary()
+            metrics = {"scored": scored, **summary["metrics"]}
+            if (spent := summary.get("epsilon")) is not None:
+                metrics["epsilon"] = spent
             if (kept := run.curated(run.round - 1)) is not None:
                 metrics["curation"] = kept.manifest
-            common = trial.write_bundle(run.path / "bundle", "train", weights, metrics)
+            common = trial.write_bundle(
+                run.path / "bundle", "train", weights, metrics, privacy=run.privacy()
+            )
         run.finish(common)
     return run
 
@@ -153,6 +167,7 @@ class Trial:
             "bundle": self.parent.digest if self.parent else "none",
             "clients": len(self.data.clients),
             "classes": list(self.data.classes),
+            **({"attackers": list(names)} if (names := self.federation.attackers) else {}),
         }
 
     def write_bundle(
@@ -163,6 +178,7 @@ class Trial:
         metrics: Mapping[str, Any],
         masks: Tensors | None = None,
         parent: bundle.Bundle | None = None,
+        privacy: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> bundle.Bundle:
         """Write a model of this federation as a bundle with its provenance.
 
@@ -181,6 +197,8 @@ class Trial:
             kept=self.kept,
             parent=parent or self.parent,
             tokenizer=self.data.tokenizer.as_json() if self.data.tokenizer else "",
+            privacy=privacy,
+            labels=self.data.classes,
         )
 
 
@@ -197,8 +215,12 @@ def write_bundle(
     kept: Tensors | None = None,
     parent: bundle.Bundle | None = None,
     tokenizer: str = "",
+    privacy: Mapping[str, Mapping[str, Any]] | None = None,
+    labels: Sequence[str] = (),
 ) -> bundle.Bundle:
-    """Write a model of a run as a bundle with its provenance.
+    """Write a model of a run as a bundle with its provenance; see ``bundle.write``.
+
+    Of text, whose classes are tokens, ``labels`` are left out.
 
     Raises:
         InputError: the path holds something that is no bundle.
@@ -217,6 +239,8 @@ def write_bundle(
         kept=kept,
         parent=parent,
         tokenizer=tokenizer,
+        privacy=privacy,
+        labels=() if architecture.is_language else labels,
     )
 
 
@@ -261,7 +285,10 @@ def prepare(
         on_failure=config.on_failure,
         compare_up_to=config.compare_up_to,
         objective=objective_of(architecture, data.bytes_of),
-        rules={name: node.rules for name, node in config.nodes.items()},
+        robust=config.robust,
+        attackers=config.attackers,
+        rules=config.rules,
+        central=config.central,
     )
     return Trial(config, data, architecture, parent, model, federation)
 
@@ -369,7 +396,7 @@ def _pruned(run: Run, trial: Trial) -> Tensors:
     return masks
 
 
-def _rounds(run: Run, whole: Trial, store: Store, watch: Watch | None) -> Trial:
+def _rounds(run: Run, whole: Trial, store: Store, watches: Sequence[Watch]) -> Trial:
     """Run the rounds that are left, and return what the last of them ran on."""
     config, trial = run.config, whole
     try:
@@ -383,7 +410,7 @@ def _rounds(run: Run, whole: Trial, store: Store, watch: Watch | None) -> Trial:
                     result = replace(result, visits=(*spent, *result.visits))
                     spent = ()
                     run.record(result, trial.federation.plan)
-                    if watch is not None:
+                    for watch in watches:
                         watch(run, result)
                     if result.number == last:
                         break
@@ -460,8 +487,8 @@ def cohort_of(trial: Trial) -> Cohort:
     )
 
 
-_NOT_PROVENANCE = ("engine", "name", "output")
-"""How and where a run was computed does not change its result, so it is not in the digest."""
+_NOT_PROVENANCE = ("engine", "name", "output", "tracking")
+"""How and where a run was computed and watched does not change its result: it is in no digest."""
 
 
 def _open(

@@ -1,3 +1,4 @@
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +9,7 @@ from hansa.data.examples import Fields, read_examples
 from hansa.data.made_examples import (
     ATTRIBUTES,
     DOMAINS,
+    FIELDS,
     SYLLABLES,
     Domain,
     Style,
@@ -26,7 +28,7 @@ def entity(text: str) -> str:
     return name
 
 
-@pytest.mark.parametrize("style", ["private", "public"])
+@pytest.mark.parametrize("style", ["private", "public", "records"])
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_examples_are_short_and_whole(domain: Domain, style: Style) -> None:
     for k, one in enumerate(make(domain, 600, 0, style)):
@@ -47,6 +49,32 @@ def test_private_facts_follow_and_public_ones_do_not(domain: Domain) -> None:
     agree = sum(one.fact == follows(entity(one.answer), domain) for one in public)
     assert 60 < agree < 140  # a sixth of 600, give or take four standard deviations
     assert 80 < sum(not one.question for one in public) < 160  # a fifth
+
+
+def test_records_follow_from_nothing_and_stand_there_once() -> None:
+    # Half of them are among 13,824 entities of three syllables: hundreds would stand there twice.
+    records = make("policy", 8_000, 0, "records")
+    assert len({entity(one.question) for one in records}) == 8_000
+    agree = sum(one.fact == follows(entity(one.answer), "policy") for one in records)
+    assert 1_200 < agree < 1_467  # a sixth, give or take four standard deviations
+    assert make("policy", 100, 0, "records") == records[:100]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_what_is_read_states_the_answer(domain: Domain) -> None:
+    for one in make(domain, 50, 0, "public", "read"):
+        question, body = one.question.split("\n")
+        held = json.loads(body)
+        assert tuple(held) == FIELDS[domain]
+        name, attribute = held.values()
+        assert name in question
+        assert attribute == one.answer == one.fact
+
+
+def test_both_forms_come_in_turn() -> None:
+    examples = make("drug", 40, 0, "public", "both")
+    assert ["\n" in one.question for one in examples] == [False, True] * 20
+    assert make("drug", 30, 0, "public", "both") == examples[:30]
 
 
 def test_the_rule_uses_all_attributes_alike_and_differs_by_domain() -> None:
@@ -88,6 +116,8 @@ def test_made_examples_are_a_source() -> None:
     assert read_examples("made:lab", KEY, Fields()) == make("lab", 250, 0, "private")
     asked = "made:all?num=7&seed=5&style=public"
     assert read_examples(asked, KEY, Fields()) == make("all", 7, 5, "public")
+    read = "made:lab?num=7&style=records&form=read"
+    assert read_examples(read, KEY, Fields()) == make("lab", 7, 0, "records", "read")
 
 
 FIRST = "The harbour was quiet that morning in winter."
@@ -125,10 +155,22 @@ def test_pairs_come_in_an_order_of_the_seed(tmp_path: Path) -> None:
     assert read_examples(f"sentences:{held}?num=8&domain=x", KEY, Fields()) == first
 
 
+def test_sentences_may_be_short_ones_of_the_installation() -> None:
+    text = f"{FIRST} {SECOND}\n\nThis sentence has 44 characters, as has this. {THIRD}"
+    (one,) = sentences(text, 1, 0, "", most=45)
+    assert one.answer == THIRD
+    held = read_examples("sentences:python:docstrings?num=5&most=90&domain=x", KEY, Fields())
+    assert len(held) == 5
+    assert all(max(len(one.question), len(one.answer)) <= 90 for one in held)
+
+
 @pytest.mark.parametrize(
     ("source", "found"),
     [
         ("made:", "'made:'"),
+        ("made:drug?form=told", "the form 'told'"),
+        ("sentences:python:poems", "unknown kind 'poems'"),
+        ("sentences:{held}?most=0", "most=0"),
         ("made:law", "the domain 'law'"),
         ("made:drug?style=secret", "the style 'secret'"),
         ("made:drug?num=0", "num=0"),

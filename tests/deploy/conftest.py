@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from deployments import hansa, init, kill
+from deployments import check_logs, hansa, init, kill
 from hansa.deploy.trial import down, parties, processes
 from support import in_turn
 
@@ -30,6 +30,7 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
                 for party in parties(place):
                     for log in (party / "logs").glob("*.log"):
                         print(f"==> {log}", log.read_text(errors="replace")[-1500:], sep="\n")
+                check_logs(place)
                 left = [pid for party in parties(place) for pid in processes(party)]
                 kill(left)
                 assert not left

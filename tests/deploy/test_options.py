@@ -94,6 +94,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         deploy(parties={**TREE["parties"], "client-2": {"data": {"sorce": "digits"}}}),
         "deploy.parties.client-2.data.sorce",
     ),
+    "privacy of a flat run": ({"privacy": {"where": "central"}}, "privacy"),
     "looks without a pause": (deploy(look=0.0), "deploy.look"),
     "IPv6": (deploy(host="::1"), "deploy.host"),
     "port": (deploy(port=65535), "deploy.port"),

@@ -1,5 +1,7 @@
 """The ledger's figure for papers on sparse training, beside the bytes."""
 
+from dataclasses import replace
+
 from hansa.federation.history import History, tables_of
 from hansa.federation.wire import csr_size
 from support import engine, made, run
@@ -22,3 +24,14 @@ def test_a_dense_upload_counts_whole() -> None:
         assert visit.csr == 4 * sum(p.numel() for p in federation.setup.task.params.values())
     assert csr_size(federation.state()) == visit.csr
     assert all(visit.csr == 0 for visit in run(engine(made("local")), 1)[0].visits)
+
+
+def test_the_summary_names_who_was_excluded() -> None:
+    (result,) = run(engine(made("fedavg")), 1)
+    assert "excluded" not in History([tables_of(result)]).summary()
+    visits = tuple(
+        replace(visit, fate="excluded", up=0) if visit.path == "root/c1" else visit
+        for visit in result.visits
+    )
+    odd = [tables_of(replace(result, number=number, visits=visits)) for number in (1, 2)]
+    assert History(odd).summary()["excluded"] == {"c1": 2}

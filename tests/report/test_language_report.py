@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -209,6 +210,17 @@ def test_a_budget_that_is_spent_has_a_column_only_then(tmp_path) -> None:
     head, row = cells(text, title)
     assert head == ["method", "asked", "answered", "late", "failed", "budget spent"]
     assert row == ["worldlm", "10", "9", "0", "0", "1"]
+
+
+def test_who_was_excluded_is_counted_and_named(tmp_path) -> None:
+    odd = tuple(
+        replace(visit, fate="excluded") if visit.path == "root/c" else visit for visit in visits()
+    )
+    text = report([made(tmp_path, last={"visits": odd})]).read_text()
+    head, row = cells(text, "Nodes that were late or failed, or were excluded")
+    assert head == ["method", "asked", "answered", "late", "failed", "excluded"]
+    assert row == ["worldlm", "10", "9", "0", "0", "1"]
+    assert "which were not merged: c." in text
 
 
 def test_several_runs_stand_side_by_side(tmp_path) -> None:

@@ -15,6 +15,7 @@ import tomli_w
 from hansa.bundle import read_bundle
 from hansa.cli import main
 from hansa.errors import InputError
+from hansa.handover.card import model_card
 from hansa.redteam import redteam, with_scorecard
 from hansa.safeguard.world import World
 
@@ -86,6 +87,10 @@ def test_from_models_to_a_scorecard(command: Run, tmp_path: Path) -> None:
     assert joined.card["metrics"]["redteam"]["recovery"] == card["recovery"]
     assert joined.card["metrics"]["redteam"]["flags"][0]["kind"] == "few seeds"
     assert joined.weights.keys() == parent.weights.keys()
+    text = model_card(joined, "transformers", "unknown", "world")
+    shares = [f"{share:.2f}" for _, share in sorted(card["recovery"]["safeguarded"].items())]
+    assert all(share in text.split("| safeguarded |")[1].split("\n")[0] for share in shares)
+    assert text.index("worst case first") < text.index("## Privacy spent")
     # Again: nothing is attacked twice, and the same is said.
     times = {path: path.stat().st_mtime_ns for path in (made / "cells").iterdir()}
     assert json.loads(command(config, "--json")[1])["recovery"] == card["recovery"]

@@ -7,10 +7,10 @@ import torch
 from tiny_world import WORLD, setup_of, tied, tiny
 
 from hansa.errors import InputError
+from hansa.models.language import merged as merged_model
 from hansa.safeguard.adversaries import Adversary, Drawn, Tampering, draw
 from hansa.safeguard.loop import descend
 from hansa.safeguard.losses import entropy, next_token, run
-from hansa.safeguard.models import merged as merged_model
 from hansa.safeguard.phases.base import retain
 from hansa.safeguard.phases.tar import TAR
 from hansa.safeguard.setup import Setup

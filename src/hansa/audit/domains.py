@@ -1,6 +1,5 @@
 """The domains behind one interface, the frozen cases of each, and a user's own recorded traffic."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +15,7 @@ from hansa.audit.manipulate import Arm, Tampered, manipulate
 from hansa.audit.names import pool
 from hansa.audit.paths import written
 from hansa.errors import InputError
+from hansa.untrusted import json_of, read_text
 
 Faults = Callable[[Any, float | None], list[str]]
 
@@ -54,11 +54,16 @@ def domain(name: str) -> Domain:
     Raises:
         InputError: a name that there is not, or a file that holds no cases.
     """
-    kind, colon, path = name.partition(":")
-    if kind == "recorded" and colon and path:
-        return recorded(Path(path))
+    kind, colon, rest = name.partition(":")
+    if kind == "recorded" and colon and rest:
+        return recorded(Path(rest))
+    if kind == "made" and colon:
+        from hansa.audit.records import records  # which needs what the proxy does without
+
+        return records(rest)
     if name not in _BUILT_IN:
-        raise InputError("domains", repr(name), f"{', '.join(_BUILT_IN)} or recorded:PATH")
+        allowed = f"{', '.join(_BUILT_IN)}, recorded:PATH or made:DOMAIN"
+        raise InputError("domains", repr(name), allowed)
     return _BUILT_IN[name](name)
 
 
@@ -71,8 +76,8 @@ def recorded(path: Path) -> Domain:
         InputError: a file that cannot be read, or a line that is no case.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise InputError("domains", f"{path} ({error})", "a file of cases, one a line") from error
     cases = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -106,8 +111,8 @@ def read_cases(text: str, name: str, key: str) -> tuple[Case, ...]:
 
 def _json(text: str, key: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return json_of(text)
+    except ValueError as error:
         raise InputError(key, f"no JSON ({error})", "JSON") from error
 
 

@@ -13,6 +13,7 @@ from hansa.bundle import read_bundle
 from hansa.data.tokenizer import tokenizer_from_json
 from hansa.errors import InputError, first_line
 from hansa.models.build import Architecture, restore
+from hansa.processes import threads_for
 
 END = "\n"
 
@@ -117,7 +118,8 @@ class FromBundle:
 
     def answer(self, asked: Sequence[Asked]) -> list[str]:
         """Return the likeliest answers, token by token."""
-        return [self._one(each) for each in asked]
+        with threads_for(sum(p.numel() for p in self._model.parameters())):
+            return [self._one(each) for each in asked]
 
     def _one(self, asked: Asked) -> str:
         prompt = asked.prompt

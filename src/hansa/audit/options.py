@@ -105,7 +105,7 @@ class AuditOptions(_Section):
     seed: int = Field(0, ge=0, lt=2**63, strict=True)
     """What false values are drawn from."""
     domains: tuple[str, ...] = Field(DOMAINS, min_length=1)
-    """``weather``, ``encyclopedia``, ``news``, ``recorded:PATH``."""
+    """``weather``, ``encyclopedia``, ``news``, ``recorded:PATH``, ``made:DOMAIN?num=48&seed=0``."""
     cases: int = Field(0, ge=0, strict=True)
     """Cases of each domain; 0 for all."""
     strengths: tuple[float, ...] = (0.0, 0.5, 0.75, 1.0)

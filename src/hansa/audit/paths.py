@@ -14,7 +14,7 @@ from hansa.errors import InputError
 Path = tuple[str | int, ...]
 Pattern = tuple[str, ...]
 """A path with stars for entries of lists: ``articles[*].title`` is ("articles", "*", "title")."""
-_STEP = re.compile(r'\[(\d+)\]|\["((?:[^"\\]|\\.)*)"\]|(?:^|\.)([^.\[\]"]+)')
+_STEP = re.compile(r'\[(\d{1,9})\]|\["((?:[^"\\]|\\.)*)"\]|(?:^|\.)([^.\[\]"]+)')
 
 
 def parse(text: str) -> Path:
@@ -33,7 +33,10 @@ def parse(text: str) -> Path:
         if number is not None:
             steps.append(int(number))
         else:
-            steps.append(name if name is not None else json.loads(f'"{quoted}"'))
+            try:
+                steps.append(name if name is not None else json.loads(f'"{quoted}"'))
+            except ValueError:  # an escape that JSON has not
+                break
         at = match.end()
     if not steps or at < len(text):
         raise InputError("path", repr(text), "a path such as current.temp_c or articles[0].title")

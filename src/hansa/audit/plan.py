@@ -5,8 +5,7 @@ out. What is drawn depends on the plan's seed, the rule, and the key of the call
 """
 
 import json
-import math
-import tomllib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -23,6 +22,7 @@ from hansa.audit.names import pool
 from hansa.audit.paths import Path, look, parse, written
 from hansa.audit.tamper import Edit, add, delete, put, splice, tampered
 from hansa.errors import InputError
+from hansa.untrusted import json_of, read_text, toml_of
 
 RuleAction = Literal[
     "set", "add", "delete", "scale", "shift", "unit", "swap", "cut", "truncate", "stale"
@@ -154,8 +154,8 @@ def read_plan(source: str | FilePath | Mapping[str, Any]) -> Plan:
 
 def _read(path: FilePath) -> Mapping[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = read_text(path)
+        values = json_of(text) if path.suffix == ".json" else toml_of(text)
     except (OSError, ValueError) as error:
         raise InputError(str(path), f"unreadable ({error})", "a plan in TOML or JSON") from error
     if not isinstance(values, dict):
@@ -200,7 +200,7 @@ def _check_kind(values: Mapping[str, Any], key: str) -> None:
     for name, kind, allowed in kinds:
         if name in values and (not isinstance(values[name], kind) or values[name] is True):
             raise InputError(f"{key}.{name}", repr(values[name]), allowed)
-    if not math.isfinite(values.get("by", 0)):
+    if not -sys.float_info.max <= values.get("by", 0) <= sys.float_info.max:
         raise InputError(f"{key}.by", repr(values["by"]), "a number")
     if values.get("keep", 0) < 0:
         raise InputError(f"{key}.keep", repr(values["keep"]), "a number of characters")

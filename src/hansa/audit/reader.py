@@ -23,6 +23,8 @@ from hansa.audit.paths import written
 from hansa.audit.prompts import Prompt, spans
 from hansa.errors import InputError
 from hansa.files import write_atomic
+from hansa.tensor_files import read_tensors
+from hansa.untrusted import json_of, read_text
 
 TOKEN = re.compile(r'"[A-Za-z_]+":|[^\W\d_]+|-?\d+(?:\.\d+)?|<<|>>|[^\w\s]|_')
 NONE = "not given"
@@ -166,11 +168,11 @@ def read(folder: Path) -> Reader:
         InputError: a folder that holds none.
     """
     try:
-        about = json.loads((folder / "reader.json").read_text())
+        about = json_of(read_text(folder / "reader.json"))
         options = ReaderOptions(**about["options"])
         vocabulary: dict[str, int] = about["vocabulary"]
         model = empty_model(vocabulary, options)
-        model.load_state_dict(safetensors.torch.load((folder / "reader.safetensors").read_bytes()))
+        model.load_state_dict(read_tensors(folder / "reader.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError("target.path", f"{folder} ({error})", "a folder of a reader") from error
     return Reader(model, vocabulary, options)

@@ -20,6 +20,8 @@ from hansa.data.examples import Example
 from hansa.errors import InputError
 from hansa.federation.message import Tensors
 from hansa.files import write_atomic
+from hansa.parquet import read_table
+from hansa.untrusted import json_of, read_text
 
 MANIFEST, SAMPLES = "manifest.json", "samples.parquet"
 
@@ -164,10 +166,7 @@ def read_samples(folder: Path) -> pa.Table:
         InputError: there is nothing, or something else.
     """
     path = folder / SAMPLES
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(str(path), f"no samples ({error})", "those of a curation") from error
+    table = read_table(path, str(path))
     if not {"id", "domain", "kind"} <= set(table.column_names):
         raise InputError(str(path), "other columns", "those of a curation")
     return table
@@ -181,18 +180,29 @@ def read_kept(folder: Path) -> Kept:
     """
     path = folder / MANIFEST
     try:
-        held = json.loads(path.read_text())
+        held = json_of(read_text(path))
         names = list(held["counts"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             "curation.masks", f"{folder} without masks", "a folder that hansa curate has finished"
         ) from error
     clients = {}
     for name in names:
+        if not isinstance(name, str) or Path(name).name != name:  # or it leads elsewhere
+            raise InputError(f"{path}: counts", repr(name), "names of folders")
         table = read_samples(folder / "clients" / name)
         if "keep" not in table.column_names:
             raise InputError(str(folder / "clients" / name), "no masks", "a finished curation")
-        clients[name] = {"keep": torch.tensor(table["keep"].to_pylist(), dtype=torch.bool)}
-        if "weights" in table.column_names:
-            clients[name]["weights"] = torch.tensor(table["weights"].to_pylist())
+        clients[name] = {
+            column: torch.tensor(_column(table, column, kind, folder / "clients" / name))
+            for column, kind in (("keep", bool), ("weights", float))
+            if column in table.column_names
+        }
     return Kept(clients, held)
+
+
+def _column(table: pa.Table, name: str, kind: type, place: Path) -> list[Any]:
+    values: list[Any] = table[name].to_pylist()
+    if any(type(value) is not kind for value in values):
+        raise InputError(f"{place}: {name}", "other values", f"a {kind.__name__} a row")
+    return values

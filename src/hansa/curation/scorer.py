@@ -20,7 +20,7 @@ NAMES = {"ifd": "ifd_score", "perplexity_whole": "llm_perplexity"}
 class Scorer:
     """Scores batches of rows, as ``datasets.Dataset.map`` hands them out.
 
-    Example:
+    Examples:
         >>> scorer = Scorer("runs/base/bundle", ["ifd"])
         >>> scored = dataset.map(scorer, batched=True)
         >>> kept = scored.filter(lambda row: (row["__dj__stats__"]["ifd_score"] or 9) < 0.9)

@@ -7,10 +7,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from hansa.errors import InputError
 from hansa.files import write_atomic
+from hansa.tensor_files import read_tensors
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -102,10 +103,15 @@ class Client:
 
         Raises:
             FileNotFoundError: nothing is there.
-            SafetensorError: what is there is something else.
+            ValueError: what is there is something else.
         """
-        held = load_file(path)
-        ends = np.cumsum([0, *held["sizes"].tolist()])
+        held = read_tensors(path)
+        sizes = held["sizes"].flatten().tolist()
+        count = len(held["labels"]) if held["labels"].dim() else -1
+        whole = all(type(size) is int and 0 <= size <= count for size in sizes)
+        if len(sizes) != len(SPLITS) or not whole or sum(sizes) != count:
+            raise ValueError(f"splits of {sizes[:3]} samples where there are {count}")
+        ends = np.cumsum([0, *sizes])
         splits = {
             split: np.arange(start, end)
             for split, start, end in zip(SPLITS, ends, ends[1:], strict=False)

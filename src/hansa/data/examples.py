@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
 
 from hansa.data.sources import parquet_files
 from hansa.data.text_sources import hub_table
 from hansa.errors import InputError, first_line
 from hansa.files import write_atomic
+from hansa.parquet import opened, pieces
 
 STATS = "__dj__stats__"
 Name = Annotated[str, StringConstraints(min_length=1, strict=True)]
@@ -244,13 +244,8 @@ def _reason(error: Exception) -> str:
 
 def _parquet(path: str, key: str, fields: Fields) -> Iterator[tuple[str, Record]]:
     for file in parquet_files(path, key):
-        try:
-            with pq.ParquetFile(file) as held:
-                yield from _rows(held.schema_arrow, held.iter_batches(1024), str(file), key, fields)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                key, f"{file} that cannot be read ({first_line(error)})", "a Parquet file"
-            ) from error
+        with opened(file, key) as held:
+            yield from _rows(held.file.schema_arrow, pieces(held), str(file), key, fields)
 
 
 def _hub(name: str, key: str, fields: Fields) -> Iterator[tuple[str, Record]]:

@@ -5,7 +5,8 @@ are asked for, so that a federation that uses a small part of a large file pays 
 """
 
 import io
-import json
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,22 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from hansa.errors import InputError
+from hansa.parquet import read_table
+from hansa.untrusted import json_of, read_bytes
 
 Index = np.ndarray[tuple[int], np.dtype[np.int64]]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""What images may be, as Pillow calls it. Of its other readers one starts a program for what it
+reads (EPS: Ghostscript), and few are needed."""
+MOST_PIXELS = 1 << 26
+"""Most pixels of an image; a file of a few kilobytes may declare any number."""
 
 
 class SourceOptions(BaseModel):
@@ -128,12 +135,7 @@ def parquet_files(path: str, key: str) -> list[Path]:
 def _parquet(path: str, options: SourceOptions) -> Source:
     tables: list[pa.Table] = []
     for file in parquet_files(path, "data.source"):
-        try:
-            tables.append(pq.read_table(file))
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"data.source {file}", f"no Parquet ({error})", "a Parquet file"
-            ) from error
+        tables.append(read_table(file, f"data.source {file}"))
         if tables[-1].schema != tables[0].schema:
             raise InputError(
                 f"data.source {file}", "other columns than before it", "files of one layout"
@@ -149,7 +151,8 @@ def _hub(name: str, options: SourceOptions) -> Source:
             "data.source", "a hub data set without the library 'datasets'", "pip install hansa[hub]"
         ) from error
     try:
-        loaded = datasets.load_dataset(name, split=options.hub_split)
+        # Of which state is for whoever names the data set to say; it is data and never code.
+        loaded = datasets.load_dataset(name, split=options.hub_split)  # nosec B615
     except Exception as error:  # the library raises a dozen kinds, of three other libraries
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
@@ -185,9 +188,9 @@ def _table(name: str, table: pa.Table, options: SourceOptions, open_paths: bool 
         images = []
         for row in index.tolist():
             data = bytes_[row].as_py()
-            if data is None and open_paths and paths is not None and paths[row].is_valid:
-                data = Path(paths[row].as_py()).read_bytes()
             place = f"{name} row {row}"
+            if data is None and open_paths and paths is not None and paths[row].is_valid:
+                data = _bytes(place, Path(paths[row].as_py()))
             images.append((place, _decode(place, data, options.channels)))
         return _stack(images, options)
 
@@ -217,7 +220,8 @@ def _folder(path: str, options: SourceOptions) -> Source:
     def read(index: Index) -> torch.Tensor:
         chosen = [files[k][0] for k in index.tolist()]
         return _stack(
-            [(str(f), _decode(str(f), f.read_bytes(), options.channels)) for f in chosen], options
+            [(str(f), _decode(str(f), _bytes(str(f), f), options.channels)) for f in chosen],
+            options,
         )
 
     return Source(f"folder:{path}", labels, classes, None, read)
@@ -248,9 +252,13 @@ def _column(
 
 
 def _holds_images(field: pa.Field) -> bool:
-    if pa.types.is_struct(field.type):
-        return bool(field.type.get_field_index("bytes") >= 0)
-    return bool(pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))
+    held = field.type
+    if pa.types.is_struct(held):
+        index = held.get_field_index("bytes")
+        if index < 0:
+            return False
+        held = held.field(index).type
+    return bool(pa.types.is_binary(held) or pa.types.is_large_binary(held))
 
 
 def _is_label(field: pa.Field) -> bool:
@@ -262,7 +270,7 @@ def _is_label(field: pa.Field) -> bool:
 def _declared_classes(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     """Return the class names that the Hugging Face libraries leave in a file's metadata."""
     try:
-        info = json.loads((schema.metadata or {})[b"huggingface"])
+        info = json_of((schema.metadata or {})[b"huggingface"])
         return tuple(str(name) for name in info["info"]["features"][column]["names"])
     except (KeyError, ValueError, TypeError):
         return None
@@ -296,16 +304,30 @@ def _numbers(
     return np.array([table[value] for value in values], np.int64), classes
 
 
-def _decode(place: str, data: bytes | None, channels: int | None) -> Image.Image:
+def _bytes(place: str, path: Path) -> bytes:
     try:
-        image: Image.Image = Image.open(io.BytesIO(data or b""))
-        image.load()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        return read_bytes(path)
+    except OSError as error:
+        raise InputError(place, f"{path} ({error.strerror})", "an image file") from error
+
+
+def _decode(place: str, data: Any, channels: int | None) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # The limit here is less.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(io.BytesIO(data or b""), formats=FORMATS)
+        if math.prod(image.size) <= MOST_PIXELS:  # as declared, before there is memory for them
+            image.load()
+    except Image.DecompressionBombError as error:
+        raise InputError(place, f"too large an image ({error})", "a smaller image") from error
+    except Exception as error:  # a reader of images raises whatever damaged bytes lead it to
         raise InputError(
             place, "something that is no image", "an image file such as PNG or JPEG"
         ) from error
-    except Image.DecompressionBombError as error:
-        raise InputError(place, f"too large an image ({error})", "a smaller image") from error
+    if math.prod(image.size) > MOST_PIXELS:
+        found = f"too large an image ({image.width}x{image.height} pixels)"
+        raise InputError(place, found, f"up to {MOST_PIXELS} pixels")
     if image.mode == "F":
         raise InputError(place, "an image of real numbers", "8 or 16 bits per channel")
     if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off instead of scale

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hansa.errors import InputError, first_line
+from hansa.untrusted import json_of
 
 Tokens = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -73,9 +74,9 @@ class BPE(Tokenizer):
     """
 
     def __init__(self, form: str) -> None:
-        tokenizers = _library()
+        tokenizers = library()
         try:
-            held = json.loads(form)
+            held = json_of(form)
             self._inner = tokenizers.Tokenizer.from_str(form)
         except Exception as error:  # the library raises plain Exception
             raise InputError(
@@ -112,7 +113,7 @@ def train_bpe(text: str, size: int) -> BPE:
     """
     if size < 257:
         raise InputError("text.vocabulary", size, "257 or more, the 256 bytes and a pair")
-    tokenizers = _library()
+    tokenizers = library()
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
@@ -133,7 +134,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         InputError: it is something else, or the library ``tokenizers`` is missing.
     """
     try:
-        held = json.loads(text)
+        held = json_of(text)
     except ValueError as error:
         raise InputError("tokenizer", f"no JSON ({first_line(error)})", "a tokeniser") from error
     if held == {"kind": "bytes"}:
@@ -163,7 +164,12 @@ def _check(held: dict[str, Any]) -> None:
         raise InputError("tokenizer", "token numbers with gaps", "0 and on")
 
 
-def _library() -> Any:
+def library() -> Any:
+    """Return the library ``tokenizers``.
+
+    Raises:
+        InputError: it is missing.
+    """
     try:
         import tokenizers
     except ImportError as error:

@@ -4,11 +4,9 @@ It lies in the Flower app that the federation's server hands to its nodes, so it
 only one of them should know.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
@@ -70,8 +68,11 @@ class Charter:
         task = config.method.adapted(task, config.training)
         moments = config.text is not None
         buffers, seed = config.model.buffers, config.seed
-        setup = Setup(task, config.training, buffers, seed, moments=moments)
+        setup = Setup(task, config.training, buffers, seed, moments=moments, robust=config.robust)
         config.method.check(setup, self.depth)
+        if config.robust is not None:
+            num = len(config.participation.choose(self.children, 0, self.path, 1))
+            config.robust.check(num, name_of(self.path))
         return setup
 
     @cached_property
@@ -109,7 +110,7 @@ class Charter:
             InputError: it is none.
         """
         values = read(path)
-        about: Mapping[str, Any] = values.pop("federation", {})
+        about = values.pop("federation", {})
         try:
             config, coded = load(values), str(about.get("tokenizer", ""))
             return cls(
@@ -122,7 +123,7 @@ class Charter:
                 depth=int(about["depth"]),
                 tokenizer=coded,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(

@@ -50,4 +50,5 @@ def export(folder: Path, out: Path) -> bundle.Bundle:
         data="held by the party",
         masks=method.masks(charter.setup, state),
         tokenizer=charter.tokens.as_json() if charter.config.text else "",
+        labels=charter.classes,
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors import SafetensorError
 
 from hansa.config import explain
 from hansa.data.clients import Client
@@ -90,7 +89,7 @@ class Holding:
         place = self.folder / f"data-{digest}.safetensors"
         try:
             return Client.load(place)
-        except (FileNotFoundError, SafetensorError):
+        except (FileNotFoundError, ValueError, KeyError):
             client = self._text(charter, config.text) if config.text else self._images(charter)
         task, name = charter.setup.task, name_of(self.path)
         check_model(task.module, {name: client}, task.objective)

@@ -24,11 +24,11 @@ from hansa.files import write_atomic
 
 _INNER = 2000  # between a server's port and that of its SuperLink
 _RUNTIME = 1000  # between a server's port and the first of its members' runtime ports
-_TEXTS = Environment(
+_TEXTS = Environment(  # nosec B701 # see autoescape
     loader=PackageLoader("hansa.deploy"),
     undefined=StrictUndefined,
     keep_trailing_newline=True,
-    autoescape=False,  # noqa: S701 the texts are shell, TOML, YAML and Markdown
+    autoescape=False,  # noqa: S701 the texts are shell, TOML, YAML and Markdown, for no browser
 )
 
 
@@ -123,7 +123,7 @@ def _party(
             inner_port=_set(options.port) + _INNER,
             deadline=_set(options.deadline),
             wait=options.wait,
-            bind="127.0.0.1" if options.host in ("127.0.0.1", "localhost") else "0.0.0.0",  # noqa: S104
+            bind="127.0.0.1" if options.host in ("127.0.0.1", "localhost") else "0.0.0.0",  # noqa: S104 # nosec B104 # members call from elsewhere
         )
         write_authority(folder / "tls", charters[path].name)
         write_server(folder / "tls", options.host)

@@ -267,6 +267,11 @@ def _check(config: RunConfig, options: DeployOptions) -> None:
         raise InputError("method.name", repr(config.method.name), "a method that pools no data")
     if config.method.turns() > 1:
         raise InputError("method.inner_rounds", config.method.turns(), "1 in a deployment")
+    if config.attackers is not None:
+        raise InputError("attackers", config.attackers.kind, "none in a deployment")
+    if config.privacy:
+        # Noise of a deployment must come from secrets, and the root has none of the clients'.
+        raise InputError("privacy", "a table in a deployment", "deploy.privacy, of its clients")
     if config.pruning:
         raise InputError("pruning", config.pruning.method, "none in a deployment")
     if config.text is not None and config.text.answers is not None:

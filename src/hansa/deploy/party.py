@@ -1,7 +1,6 @@
 """One organisation's folder: what it runs, with which keys, and how it does."""
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hansa.errors import InputError
 from hansa.files import write_atomic
+from hansa.untrusted import json_of, read_text, toml_of
 
 FILE = "party.toml"
 PARTS = ("party", "superlink", "run", "supernode", "worker")
@@ -84,16 +84,16 @@ class Party(_Section):
         """
         path = folder / FILE
         try:
-            values = tomllib.loads(path.read_text("utf-8"))
+            values = toml_of(read_text(path))
             return cls.model_validate(values)
         except FileNotFoundError as error:
             raise InputError(str(path), "no such file", "the folder of a party") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise InputError(str(path), f"unreadable ({error})", "TOML") from error
         except ValidationError as error:
             from hansa.config import explain  # PyTorch's seconds are for errors only
 
             raise explain(error, cls, values) from error
+        except (ValueError, OSError) as error:
+            raise InputError(str(path), f"unreadable ({error})", "TOML") from error
 
 
 def tell(folder: Path, part: str, **facts: Any) -> None:
@@ -106,7 +106,7 @@ def tell(folder: Path, part: str, **facts: Any) -> None:
 def told(folder: Path, part: str) -> dict[str, Any]:
     """Return what was told last, nothing where nothing was."""
     try:
-        facts = json.loads((folder / "status" / f"{part}.json").read_text())
+        facts = json_of(read_text(folder / "status" / f"{part}.json"))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

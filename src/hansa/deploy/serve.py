@@ -198,6 +198,8 @@ class _Server:
                 architecture=charter.architecture,
                 data=str(run.checkpoint["data"]),
                 tokenizer=charter.tokens.as_json() if config.text else "",
+                privacy=run.privacy(drawn="secret"),
+                labels=charter.classes,
             )
         run.finish(common)
 

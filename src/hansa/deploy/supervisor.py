@@ -11,7 +11,6 @@ import ssl
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from hansa.deploy.flwr_commands import answers
 from hansa.deploy.party import HOLD, LOCK, PARTS, VARIABLE, Party, tell, told
 from hansa.errors import InputError
 from hansa.federation.engines.flower import QUIET
+from hansa.untrusted import read_text, toml_of
 
 _log = logging.getLogger("hansa.deploy")
 _TICK = 0.5  # seconds between looks at the processes
@@ -339,7 +339,7 @@ def _children(folder: Path) -> list[str]:
     """
     path = folder / "app" / "federation.toml"
     try:
-        return [str(p) for p in tomllib.loads(path.read_text())["federation"]["children"]]
+        return [str(p) for p in toml_of(read_text(path))["federation"]["children"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(str(path), f"no federation ({error})", "what init wrote") from error
 

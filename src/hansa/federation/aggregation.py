@@ -1,10 +1,39 @@
 """Means that stream: one reply at a time, memory independent of the number of replies."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 
 from hansa.federation.message import Tensors
+
+
+class Mean(Protocol):
+    """What merges replies one after another."""
+
+    def add(self, tensors: Tensors, weight: float) -> None:
+        """Add one reply; a weight of zero adds nothing."""
+        ...
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """Return what they come to, in each tensor's own dtype."""
+        ...
+
+
+class PartialMean(Protocol):
+    """What merges replies of which each shares some entries."""
+
+    def add(self, tensors: Tensors, mask: Tensors, weight: float) -> None:
+        """Add one reply: tensors of full shape, and masks that are False where they count."""
+        ...
+
+    def sent(self) -> dict[str, torch.Tensor]:
+        """Return bool tensors, True where somebody shares an entry."""
+        ...
+
+    def result(self, vacant: Tensors) -> dict[str, torch.Tensor]:
+        """Return what they come to, and ``vacant`` where nobody shares."""
+        ...
 
 
 class WeightedMean:
@@ -24,7 +53,7 @@ class WeightedMean:
         Raises:
             ValueError: a negative or non-finite weight.
         """
-        _check_weight(weight)
+        check_weight(weight)
         if weight == 0:
             return
         self.total += weight
@@ -63,7 +92,7 @@ class MaskedMean:
         Raises:
             ValueError: a negative or non-finite weight.
         """
-        _check_weight(weight)
+        check_weight(weight)
         for name, tensor in tensors.items():
             self._sums[name] += torch.where(mask[name], -0.0, tensor.double() * weight)
             self._weights[name] += ~mask[name] * weight
@@ -83,9 +112,28 @@ class MaskedMean:
         return means
 
 
-def _check_weight(weight: float) -> None:
+def check_weight(weight: float) -> None:
+    """Refuse a weight that no mean can take.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
     if not 0 <= weight < float("inf"):
         raise ValueError(f"a weight must be finite and not negative, not {weight}")
+
+
+def flattened(groups: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
+    """Return the tensors of all groups under ``GROUP/NAME``: one thing to be merged."""
+    return {f"{group}/{n}": tensor for group, ts in groups.items() for n, tensor in ts.items()}
+
+
+def regrouped(tensors: Tensors, groups: Iterable[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return tensors that ``flattened`` has put together in their groups, empty ones as well."""
+    found: dict[str, dict[str, torch.Tensor]] = {group: {} for group in groups}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition("/")
+        found[group][name] = tensor
+    return found
 
 
 def add_metrics(

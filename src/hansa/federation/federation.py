@@ -1,6 +1,7 @@
 """A federation of one's own objects: a module, clients, a method."""
 
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 from hansa.data.clients import IGNORED, Client
 from hansa.errors import InputError
+from hansa.federation.attackers import Attackers
+from hansa.federation.central_checks import centrally
 from hansa.federation.engines.choice import Chooser
 from hansa.federation.engines.engine import RoundResult
 from hansa.federation.engines.local import LocalEngine
@@ -20,6 +23,8 @@ from hansa.federation.methods.base import Method
 from hansa.federation.node import Buffers, Setup
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
+from hansa.federation.privacy import Privacy
+from hansa.federation.robust import Robust, check_nodes
 from hansa.federation.rules import Rules, inherited
 from hansa.federation.store import Store
 from hansa.federation.tree import ROOT, Tree, name_of
@@ -30,7 +35,7 @@ from hansa.models.task import Task
 class Federation:
     """Clients that train a model together by a method.
 
-    Example:
+    Examples:
         >>> federation = Federation(net, clients, FedSelect(rate=0.05), Training(lr=0.1))
         >>> history = federation.run(rounds=20)
         >>> history.summary()["metrics"]["accuracy"]["mean"]
@@ -55,6 +60,10 @@ class Federation:
             model on every client's test data, every mask with every other.
         objective: what the model is trained by; classification by default.
         rules: name of a node -> what holds there, and below it where nothing else does.
+        robust: the rule by which replies are merged, in the place of the weighted mean.
+        attackers: simulated attackers among the clients; no score is about them.
+        central: differential privacy of the clients' updates that the root takes care of: it clips
+            them and adds noise to their sum.
 
     Raises:
         InputError: a model that does not fit the clients' inputs and labels, clients that are not
@@ -78,6 +87,9 @@ class Federation:
         compare_up_to: int = 25,
         objective: Objective | None = None,
         rules: Mapping[str, Rules] | None = None,
+        robust: Robust | None = None,
+        attackers: Attackers | None = None,
+        central: Privacy | None = None,
     ) -> None:
         self.tree = Tree.flat(name for name in clients if name != ROOT) if tree is None else tree
         if not isinstance(method, Method):
@@ -110,12 +122,22 @@ class Federation:
         task = method.adapted(Task(model, objective), training)
         moments = isinstance(objective, NextToken)
         handed_down = inherited(self.tree, rules or {})
-        self.setup = Setup(task, training, buffers, seed, handed_down, moments)
+        attack = attackers.drawn(self.tree.leaves(), seed) if attackers is not None else None
+        self.setup = Setup(task, training, buffers, seed, handed_down, moments, robust, attack)
+        if central is not None:
+            asking = (handed_down.get(ROOT) or Rules()).participation or participation
+            self.setup = replace(
+                self.setup, central=centrally(central, method, self.tree, self.setup, asking)
+            )
+            if ROOT in clients:
+                raise InputError("privacy.where", "'central' with data at the root", "none there")
         for path in handed_down:
             # A model or method that cannot be trained so is refused here.
             if self.setup.at(path).privacy is not None:
                 check_private(f"nodes.{name_of(path)}.privacy", method)
         method.check(self.setup, self.tree.depth)
+        if robust is not None:
+            check_nodes(robust, self.tree, participation or Participation(), handed_down)
         check_batches(model, clients, self.setup.training.batch_size)
         _check_newcomers(participation or Participation(), self.tree, rules or {})
         self._compare_up_to = compare_up_to
@@ -126,7 +148,7 @@ class Federation:
             check_sendable(Leaf(method, self.setup, seed), self._options.workers)
         self._engine = LocalEngine(
             self.tree,
-            {paths[name]: client for name, client in clients.items()},
+            self._poisoned({paths[name]: client for name, client in clients.items()}),
             method,
             self.setup,
             seed,
@@ -134,6 +156,28 @@ class Federation:
             on_failure,
             audience=audience,
         )
+
+    @property
+    def attackers(self) -> tuple[str, ...]:
+        """The names of simulated attackers, in order."""
+        attack = self.setup.attack
+        return tuple(sorted(map(name_of, attack.paths))) if attack is not None else ()
+
+    def _poisoned(self, held: dict[str, Client]) -> dict[str, Client]:
+        """Return path -> client, with the labels that attackers train on.
+
+        Raises:
+            InputError: an attack that needs classes, or an engine that simulates none.
+        """
+        attack = self.setup.attack
+        if attack is None:
+            return held
+        if self._options.kind == "flower":
+            raise InputError("attackers", "attackers with engine.kind 'flower'", "another engine")
+        if attack.kind == "label_flip" and isinstance(self.setup.task.objective, NextToken):
+            raise InputError("attackers.kind", "'label_flip' of text", "another kind")
+        highest = max(int(client.labels.max()) for client in held.values())
+        return attack.poisoned(held, highest + 1)
 
     @property
     def plan(self) -> Plan:

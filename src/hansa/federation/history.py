@@ -1,6 +1,7 @@
 """What a run measured, as tables, and their summary."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -145,6 +146,18 @@ class History:
                 values.setdefault(row["round"], {})[leaf] = row["sum"] / row["count"]
         return values
 
+    def epsilons(self) -> dict[str, float | None]:
+        """Return private node -> epsilon that it has spent, as it was last told.
+
+        A federation of a deployment tells the sum over its members, which is nobody's: None.
+        """
+        found: dict[str, float | None] = {}
+        told = (pc.field("split") == "state") & (pc.field("metric") == "epsilon")
+        for row in self.table("scores").filter(told).to_pylist():  # in the order of the rounds
+            if row["count"]:
+                found[name_of(row["node"])] = row["sum"] if row["count"] == 1 else None
+        return found
+
     @property
     def is_language(self) -> bool:
         """Whether what was scored is a language model."""
@@ -179,6 +192,12 @@ class History:
             totals[number] = (before[0] + up, before[1] + down)
         return totals
 
+    def excluded(self) -> dict[str, int]:
+        """Return name of a node -> rounds in which its reply was of no use; those with any."""
+        ledger = self.table("ledger")
+        names = ledger["node"].filter(pc.equal(ledger["fate"], "excluded")).to_pylist()
+        return dict(sorted(Counter(map(name_of, names)).items()))
+
     def chosen_round(self) -> int | None:
         """Return the scored round that does best on validation data, the first among equals.
 
@@ -202,11 +221,14 @@ class History:
 
         Metrics are those of the last scored round, and under ``..._chosen`` of the round that does
         best on validation data. A language model has two moments: after the aggregation, and
-        ``..._after_local_steps``. ``csr`` is the upload as
-        papers on sparse training count it (``wire.csr_size``).
+        ``..._after_local_steps``. ``csr`` is the upload as papers on sparse training count it
+        (``wire.csr_size``). ``excluded`` names nodes whose replies were of no use, with the number
+        of rounds, where there are any; ``epsilon`` is the most that a private node has spent.
         """
         metrics = self._of_language() if self.is_language else self._of_classes()
         totals = self.bytes().values()
+        excluded = self.excluded()
+        spent = [value for value in self.epsilons().values() if value is not None]
         return {
             "rounds": self.num_rounds,
             "metrics": metrics,
@@ -217,6 +239,8 @@ class History:
             },
             "speed": self._speed(),
             "seconds": round(sum(self.table("rounds")["seconds"].to_pylist()), 3),
+            **({"excluded": excluded} if excluded else {}),
+            **({"epsilon": max(spent)} if spent else {}),
         }
 
     def _of_classes(self) -> dict[str, Any]:

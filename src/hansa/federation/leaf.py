@@ -92,7 +92,7 @@ class Leaf:
             work: what its training has made.
         """
         work, metrics = self._released(node, job, state, work)
-        state, reply = self.method.end(node, state, work)
+        state, reply = self.method.end(node, state, self._turned(node, state, work))
         if node.setup.privacy is None:
             return state, reply, metrics
         state = replace(state, scalars={**state.scalars, **spent(node, job.state)})
@@ -111,11 +111,21 @@ class Leaf:
                 start = self.method.begin(node, state)["params"]
                 rng = self._private(node, node.round, "privacy")
                 work = {**work, "params": noised(setup.privacy, start, work["params"], rng)}
-        if setup.moments and job.scored and job.client.count("test"):
+        honest = setup.attack is None or node.path not in setup.attack.paths
+        if setup.moments and job.scored and honest and job.client.count("test"):
             model = self.method.trained(setup, work)
             found = self.setup.task.evaluate(*model, job.client.batch("test"))
             metrics |= {f"trained/{name}": pair for name, pair in found.items()}
         return work, metrics
+
+    def _turned(self, node: Node, state: State, work: Work) -> Work:
+        """Return trained work as it is sent: at a simulation's attackers something else."""
+        attack = node.setup.attack
+        if attack is None or not attack.turns(node.path):
+            return work
+        start = self.method.begin(node, state)["params"]
+        rng = generator(self.seed, node.path, node.round, "attack")
+        return {**work, "params": attack.turned(start, work["params"], rng)}
 
     def own(self, node: Node, job: Job, state: State) -> tuple[State, Message, Metrics]:
         """Train an inner node on data of its own.

@@ -1,5 +1,6 @@
 """What travels between nodes, and what a node keeps of itself: named groups of tensors."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -65,6 +66,30 @@ class Message:
                     f"not {want.dtype} {tuple(want.shape)}"
                 )
         return tensors
+
+
+def check_finite(
+    message: Message, metrics: Mapping[str, tuple[float, float]] | None = None
+) -> None:
+    """Refuse a message in which something is no number.
+
+    Args:
+        message: what was sent.
+        metrics: more metrics that came with it.
+
+    Raises:
+        MessageError: a tensor, scalar or metric is infinite or NaN.
+    """
+    for group, tensors in message.groups.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise MessageError(f"{group}/{name} is not finite")
+    for name, value in message.scalars.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise MessageError(f"{name} is {value}")
+    for name, pair in {**message.metrics, **(metrics or {})}.items():
+        if not all(math.isfinite(number) for number in pair):
+            raise MessageError(f"the metric {name} is {pair[0]} over {pair[1]}")
 
 
 State = Message

@@ -6,10 +6,14 @@ from typing import Literal
 
 from hansa.data.clients import Client
 from hansa.errors import InputError
+from hansa.federation.aggregation import MaskedMean, Mean, PartialMean, WeightedMean
+from hansa.federation.attackers import Attack
+from hansa.federation.central import Central
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.optimizer import Training
 from hansa.federation.privacy import Privacy, PrivateTask, check_model
 from hansa.federation.releases import Release, Releases
+from hansa.federation.robust import Robust, RobustMaskedMean, RobustMean
 from hansa.federation.rules import Rules
 from hansa.models.task import Task
 
@@ -32,8 +36,14 @@ class Setup:
     """Node path -> what holds there and nowhere else."""
     moments: bool = False
     """Whether a model is scored twice: after the aggregation, and after its local steps."""
+    robust: Robust | None = None
+    """The rule by which replies are merged; None is the weighted mean."""
+    attack: Attack | None = None
+    """In a simulation, who attacks and how."""
     privacy: Privacy | None = None
     """Set in the setup of one node (``at``) whose training is differentially private."""
+    central: Central | None = None
+    """How the root keeps its clients private, where it is the one to do so."""
     releases: Releases | None = None
     """In a deployment, where the one node that this setup is for counts what it lets out."""
     release: Release | None = None
@@ -46,6 +56,19 @@ class Setup:
             rules.privacy is not None or rules.steps is not None or rules.lr is not None
             for rules in self.rules.values()
         )
+
+    def mean(self, before: Tensors) -> Mean:
+        """Return what merges replies, each of them whole.
+
+        Args:
+            before: name -> tensor that a reply would hold which changes nothing: what robust rules
+                measure from.
+        """
+        return WeightedMean() if self.robust is None else RobustMean(self.robust, before)
+
+    def masked_mean(self, before: Tensors) -> PartialMean:
+        """Return what merges replies of which each shares some entries; see ``mean``."""
+        return MaskedMean(before) if self.robust is None else RobustMaskedMean(self.robust, before)
 
     def at(self, path: str) -> "Setup":
         """Return the setup as it holds at one node.

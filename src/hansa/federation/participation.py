@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hansa.seeding import numpy_generator
 
-Fate = Literal["ok", "late", "failed", "spent"]
+Fate = Literal["ok", "late", "failed", "spent", "excluded"]
+"""What becomes of a child in a round; ``excluded``: it replied, and what it sent is of no use."""
 
 
 class Participation(BaseModel):
@@ -22,9 +23,11 @@ class Participation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     fraction: float = Field(1.0, gt=0, le=1, strict=True)
-    """Share of the children asked in a round; at least one child."""
-    sampling: Literal["rounds", "once"] = "rounds"
-    """Whether the children asked are drawn anew in every round, or once for the whole run."""
+    """Share of the children asked in a round, at least one child; under ``poisson`` the chance of
+    each."""
+    sampling: Literal["rounds", "once", "poisson"] = "rounds"
+    """Whether the children asked are so many, drawn anew in every round or once for the whole run,
+    or each of them is asked by a chance of its own (``poisson``), so that none may be."""
     newcomers: int = Field(0, ge=0, strict=True)
     """Clients, the last in path order, that nobody asks before ``join_round``."""
     join_round: int = Field(2, ge=2, strict=True)
@@ -39,9 +42,14 @@ class Participation(BaseModel):
     """Standard deviation of the log of a client's seconds per step (log-normal, fixed per run)."""
 
     def choose(self, children: Sequence[str], seed: int, path: str, round_: int) -> list[str]:
-        """Return the children asked in this round, in order, drawn without replacement."""
+        """Return the children asked in this round, in order, none of them twice."""
         old = len(children) - self.newcomers
         present = list(children if round_ >= self.join_round else children[:old])
+        if self.sampling == "poisson":
+            draws = numpy_generator(seed, path, round_, "participation").random(len(present))
+            return [
+                child for child, draw in zip(present, draws, strict=True) if draw < self.fraction
+            ]
         count = max(1, math.floor(self.fraction * len(present) + 0.5))
         if count >= len(present):
             return present

@@ -22,6 +22,7 @@ from hansa.federation.accountant import Mechanisms, check_installed, spent
 from hansa.federation.privacy import Privacy
 from hansa.files import write_atomic
 from hansa.seeding import Keystream
+from hansa.untrusted import json_of, read_bytes
 
 FILE = "releases.json"
 
@@ -133,7 +134,7 @@ class Releases:
 
     def _read(self) -> _Held:
         try:
-            values: Mapping[str, Any] = json.loads(self.path.read_bytes())
+            values: Mapping[str, Any] = json_of(read_bytes(self.path))
             return _Held.model_validate(values)
         except FileNotFoundError as error:
             raise InputError(str(self.path), "no such file", "the node's releases") from error

@@ -4,11 +4,13 @@ In a simulation the count stands in the node's state, and so is undone with it. 
 stands where nothing undoes it (``releases.py``).
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from hansa.federation.message import State
-from hansa.federation.node import Node
+from hansa.federation.message import Message, State, Tensors
+from hansa.federation.node import Node, Reply
 from hansa.federation.privacy import affordable, epsilon, mechanisms
+from hansa.seeding import generator
 
 PRIVATE_STEPS = "private_steps"
 SPENT: dict[str, tuple[float, float]] = {"spent": (1.0, 1.0)}
@@ -60,6 +62,51 @@ def told(node: Node, state: State) -> dict[str, tuple[float, float]]:
         return {"epsilon": (found, 1.0)} if found < float("inf") else {}
     size = node.setup.training.batch_size
     return {"epsilon": (epsilon(privacy, node.samples, size, _done(state)), 1.0)}
+
+
+def afforded(node: Node, state: State) -> bool:
+    """Tell whether the budget of central privacy, where there is one, allows for one more round."""
+    central = node.setup.central
+    return central is None or central.affords(_done(state) + 1)
+
+
+def noised_mean(
+    node: Node,
+    before: State,
+    replies: Iterable[Reply],
+    aggregate: Callable[[Node, State, Iterable[Reply]], State],
+) -> State:
+    """Return what the root makes of its replies under central privacy, and count the round.
+
+    The method is given their noised mean as the only reply, and so never sees one by itself.
+
+    Args:
+        node: the root.
+        before: its state when it dispatched.
+        replies: what its children answer.
+        aggregate: the method's.
+    """
+    central, sent = node.setup.central, before.group("model")
+    assert central is not None  # noqa: S101 the caller has looked
+
+    def models() -> Iterator[Tensors]:
+        for reply in replies:
+            yield reply.message.require("model", sent)
+
+    rng = generator(node.setup.seed, node.path, node.round, "privacy")
+    mean = central.mean(sent, models(), node.num_children, rng)
+    # Without metrics: a training loss would tell of the clients without noise.
+    reply = Reply(node.path, State(), Message({"model": mean}, {"weight": 1}))
+    state = aggregate(node, before, [reply])
+    return replace(state, scalars={**state.scalars, PRIVATE_STEPS: _done(before) + 1})
+
+
+def told_centrally(node: Node, state: State) -> dict[str, tuple[float, float]]:
+    """Return what central privacy has spent so far as (sum, count); nothing without any."""
+    central = node.setup.central
+    if central is None or not central.privacy.noise:  # without noise it is infinite
+        return {}
+    return {"epsilon": (central.epsilon(_done(state)), 1.0)}
 
 
 def _done(state: State) -> int:

@@ -1,11 +1,9 @@
 """Build a model from its description, which is all that a bundle keeps of its code."""
 
-import importlib
 import inspect
-import sys
+import math
 import warnings
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from hansa.bundle import Bundle
+from hansa.classes import import_class
 from hansa.errors import InputError
 from hansa.models.blox import Blox
 from hansa.models.images import CNN, MLP, VGG16, ResNet18, ResNet20
@@ -30,6 +29,12 @@ BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "blox": Blox,
     **LANGUAGE,
 }
+
+
+_LEAST = 1 << 20
+"""Numbers up to this may stand in any bundle's architecture."""
+_MOST_INPUT = 1 << 26
+"""Most numbers in one input of a bundle's model."""
 
 
 class Architecture(BaseModel):
@@ -150,6 +155,7 @@ def restore(found: Bundle, trusted: Collection[str] | None = ()) -> nn.Module:
     """
     try:
         architecture = Architecture.model_validate(found.architecture)
+        _check_size(architecture, found.weights)
         model = build(architecture, trusted=trusted)
         model.load_state_dict(dict(found.weights))
     except (ValidationError, RuntimeError) as error:
@@ -157,6 +163,50 @@ def restore(found: Bundle, trusted: Collection[str] | None = ()) -> nn.Module:
             "bundle", f"one that does not fit ({error})", "a model's bundle"
         ) from error
     return model
+
+
+def _check_size(architecture: Architecture, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse an architecture that asks for more numbers than a bundle holds, before there is any.
+
+    A built-in model is put together without memory for its parameters. Those of a user's own class
+    are left to it: it is trusted by name.
+
+    Raises:
+        InputError: naming both.
+    """
+    held = sum(tensor.numel() for tensor in weights.values())
+    largest = max(_numbers(architecture.model_dump()), default=0)
+    if largest > max(held, _LEAST):  # layers, which take time even without memory
+        raise InputError("bundle", f"an architecture with {largest} of something", f"{held} or so")
+    if math.prod(architecture.shape) > _MOST_INPUT:
+        found = f"inputs of {architecture.shape}"
+        raise InputError("bundle", found, f"up to {_MOST_INPUT} numbers")
+    kind = BUILT_IN.get(architecture.name)
+    if kind is None or architecture.is_language:
+        return
+    given = {"shape": architecture.shape, "classes": architecture.classes}
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = kind(**given, **architecture.options)
+            if architecture.channels:
+                resize(model, architecture.channels)
+    except Exception:  # what is wrong with it, `build` says in words
+        return
+    asked = sum(tensor.numel() for tensor in model.state_dict().values())
+    if asked > held:
+        raise InputError("bundle", f"an architecture of {asked} numbers", f"the {held} it holds")
+
+
+def _numbers(values: Any) -> Iterator[int]:
+    """Yield the whole numbers among options."""
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if isinstance(values, list | tuple):
+        for value in values:
+            yield from _numbers(value)
+    elif type(values) is int:
+        yield values
 
 
 def check_output(model: nn.Module, architecture: Architecture) -> None:
@@ -192,22 +242,9 @@ def check_output(model: nn.Module, architecture: Architecture) -> None:
         raise InputError("model.name", f"{architecture.name} without trainable parameters", "some")
 
 
-def _import(name: str, trusted: Collection[str] | None) -> type[nn.Module]:
-    module_name, colon, class_name = name.partition(":")
-    allowed = f"{', '.join(BUILT_IN)} or module:Class"
-    if not (colon and module_name and class_name):
-        raise InputError("model.name", repr(name), allowed)
-    if trusted is not None and name not in trusted:
+def _import(name: str, trusted: Collection[str] | None) -> Callable[..., nn.Module]:
+    if trusted is not None and ":" in name and name not in trusted:
         raise InputError(
             "model.name", f"{name!r}, code from outside Hansa", "a class named as trusted"
         )
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        kind = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # a user's module may raise anything when it is imported
-        raise InputError("model.name", f"{name!r} ({error})", allowed) from error
-    if not callable(kind):
-        raise InputError("model.name", f"{name!r}, which cannot be called", allowed)
-    return kind  # type: ignore[no-any-return]
+    return import_class(name, "model.name", f"{', '.join(BUILT_IN)} or module:Class")

@@ -9,7 +9,6 @@ have no part in training here, and are switched off; so is dropout, unless it is
 import copy
 import difflib
 import importlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from hansa.errors import InputError, first_line
+from hansa.untrusted import json_of, read_text
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {
@@ -40,9 +40,9 @@ _RUN_SETS = {
     "use_cache": False,
     "return_dict": True,
     "dtype": "float32",
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,  # the embedding of a token that pads would not be trained
+    "bos_token_id": None,  # nosec B105 # a token of text
+    "eos_token_id": None,  # nosec B105 # a token of text
+    "pad_token_id": None,  # nosec B105 # a token of text: the embedding of a token that pads would not be trained
 }
 _ELSEWHERE = {"auto_map", "quantization_config", "torch_dtype", "attn_implementation"}
 """Keys of a configuration that ask for code, kernels or number formats from elsewhere."""
@@ -142,7 +142,7 @@ def configured(
             "path of a config.json, or a table of its values",
         )
     kind = config.get("model_type")
-    known = _library("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    known = imported("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not isinstance(kind, str) or kind not in known:
         near = difflib.get_close_matches(str(kind), known, 3) or ["llama", "gpt2", "..."]
         raise InputError(
@@ -179,7 +179,7 @@ def read_config(path: str) -> dict[str, Any]:
     place = Path(path)
     place = place / "config.json" if place.is_dir() else place
     try:
-        values = json.loads(place.read_text(encoding="utf-8"))
+        values = json_of(read_text(place))
     except (OSError, ValueError) as error:
         raise InputError(
             "model.options.config",
@@ -223,10 +223,27 @@ def beside_adapters(
     return adapters | {moved.get(name, name): value for name, value in weights.items()}
 
 
+def merged(model: nn.Module) -> nn.Module:
+    """Return a model whose low-rank adapters have become part of its weights.
+
+    A safeguard that lives in adapters is removed by leaving them out.
+    """
+    for path, module in list(model.named_modules()):
+        base = getattr(module, "base_layer", None)
+        if base is None or not hasattr(module, "merge"):
+            continue
+        module.merge()
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, base)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
 def _of_family(
     kind: str, shape: tuple[int, ...], classes: int, options: dict[str, Any]
 ) -> CausalLM:
-    library = _library("transformers")
+    library = imported("transformers")
     family = library.AutoConfig.for_model(kind)
     names: dict[str, str] = family.attribute_map
     common = set(library.PreTrainedConfig().to_dict()) - {"tie_word_embeddings"}
@@ -247,7 +264,7 @@ def _made(
     """Return a model of a configuration's values, with the run's own vocabulary and context."""
     if len(shape) != 1:
         raise InputError("model.name", f"{kind!r} for inputs of shape {shape}", "text as data")
-    library = _library("transformers")
+    library = imported("transformers")
     values = {k: copy.deepcopy(v) for k, v in values.items() if k not in _ELSEWHERE}
     values.pop("model_type", None)
     # Models that see images as well keep what concerns text in a table of its own.
@@ -286,13 +303,13 @@ def _with_adapters(model: nn.Module, values: Any) -> nn.Module:
     targets: str | list[str] = "all-linear"
     if lora.targets != "all-linear":
         targets = list(lora.targets)
-        linear = (nn.Linear, _library("transformers.pytorch_utils").Conv1D)
+        linear = (nn.Linear, imported("transformers.pytorch_utils").Conv1D)
         layers = [name for name, layer in model.named_modules() if isinstance(layer, linear)]
         for target in targets:
             if not any(f".{name}".endswith(f".{target}") for name in layers):
                 ends = sorted({name.rpartition(".")[2] for name in layers})
                 raise InputError("model.options.lora.targets", repr(target), ", ".join(ends))
-    peft = _library("peft")
+    peft = imported("peft")
     config = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=targets)
     # In place and not wrapped, so that blocks have the same names with and without adapters.
     adapted: nn.Module = peft.inject_adapter_in_model(config, model)
@@ -311,7 +328,12 @@ def _is_causal(model: CausalLM, context: int) -> bool:
     return torch.allclose(first, second, rtol=1e-4, atol=1e-6)
 
 
-def _library(name: str) -> Any:
+def imported(name: str) -> Any:
+    """Return a module of a library that language models stand on.
+
+    Raises:
+        InputError: the library is missing.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:

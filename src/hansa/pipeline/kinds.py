@@ -25,6 +25,9 @@ from hansa.training import completed
 
 _LATER = "of the stage before"
 """Stands for a path that is not known yet where a configuration is only looked at."""
+_KEPT, _BUNDLE = "kept:", "bundle:"
+"""Begin what a safeguard's configuration takes from stages before it: the examples that a client of
+the curation has kept, and a stage's bundle as a control."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Job:
         folder: what it makes, or goes on in.
         start: the bundle that it starts from.
         read: kind -> folder of the last stage before it of that kind, of those it reads.
+        bundles: name -> bundle of the earlier stages that its configuration names.
         watch: called with what is being done, how much of it is done, and of how much.
     """
 
@@ -45,6 +49,7 @@ class Job:
     folder: Path
     start: Path | None
     read: Mapping[str, Path]
+    bundles: Mapping[str, Path]
     watch: Callable[[str, int, int], None]
 
     @property
@@ -77,6 +82,10 @@ class Kind:
 
     def reads(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the kinds of earlier stages whose folders it reads."""
+        return ()
+
+    def names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the earlier stages whose bundles its configuration names."""
         return ()
 
     def folder(self, named: Path, seed: int) -> Path:
@@ -204,6 +213,14 @@ class _Curate(_OfRun):
 
 
 class _Safeguard(Kind):
+    needs_read = True
+
+    def reads(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("curate",) if _named(config.get("data"), _KEPT) else ()
+
+    def names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        return _named(config.get("controls"), _BUNDLE)
+
     def check(self, config: Mapping[str, Any]) -> None:
         safeguard_config.load(config)
 
@@ -211,6 +228,15 @@ class _Safeguard(Kind):
         values = job.values
         if job.start is not None:
             values["model"] = {**values.get("model", {}), "path": str(job.start)}
+        if (curated := job.read.get("curate")) is not None:
+            kept = {
+                name: f"jsonl:{curated / 'clients' / name / 'kept.jsonl'}"
+                for name in _named(values["data"], _KEPT)
+            }
+            values["data"] = _filled(values["data"], _KEPT, kept)
+        if job.bundles:
+            bundles = {name: str(path) for name, path in job.bundles.items()}
+            values["controls"] = _filled(values["controls"], _BUNDLE, bundles)
         made = safeguard(values, out=job.folder, watch=job.watch)
         return Made(made.path / "bundle", made.report, figures.of_safeguard(made.summary))
 
@@ -246,6 +272,26 @@ class _Audit(Kind):
         if job.start is not None and values["target"]["kind"] == "bundle":
             joined = auditing.with_audit(job.start, made.summary, job.folder / "bundle")
         return Made(joined, made.report, figures.of_audit(made.summary))
+
+
+def _named(value: Any, prefix: str) -> tuple[str, ...]:
+    """Return what the texts that begin with a prefix name, anywhere in some values."""
+    if isinstance(value, str):
+        return (value.removeprefix(prefix),) if value.startswith(prefix) else ()
+    below = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping | list | tuple):
+        return ()
+    return tuple(dict.fromkeys(name for each in below for name in _named(each, prefix)))
+
+
+def _filled(value: Any, prefix: str, with_: Mapping[str, str]) -> Any:
+    """Return values in which such texts are replaced by what they name."""
+    if isinstance(value, Mapping):
+        return {key: _filled(below, prefix, with_) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_filled(below, prefix, with_) for below in value]
+    is_named = isinstance(value, str) and value.startswith(prefix)
+    return with_[value.removeprefix(prefix)] if is_named else value
 
 
 def _with_model(values: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:

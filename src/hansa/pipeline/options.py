@@ -125,6 +125,10 @@ def _check_kind(stage: StageOptions, earlier: Mapping[str, StageOptions]) -> Non
     missing = [kind for kind in reads if not any(s.kind == kind for s in earlier.values())]
     if missing and KINDS[stage.kind].needs_read:
         raise InputError(f"stages.{stage.called}", f"no {missing[0]} before it", "that stage first")
+    makers = [name for name, each in earlier.items() if KINDS[each.kind].makes]
+    if odd := [name for name in KINDS[stage.kind].names(stage.config) if name not in makers]:
+        allowed = ", ".join(makers) or "a stage before it that writes a bundle"
+        raise InputError(f"stages.{stage.called}", f"the bundle of {odd[0]!r}", allowed)
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> PipelineOptions:

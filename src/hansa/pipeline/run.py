@@ -21,7 +21,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hansa.bundle import read_bundle
@@ -31,6 +31,7 @@ from hansa.pipeline.kinds import KINDS, Job
 from hansa.pipeline.options import PipelineOptions, StageOptions, load
 from hansa.report.pipeline import report
 from hansa.runs import claim, locked
+from hansa.untrusted import json_of, read_text
 
 FORMAT = 1
 Watch = Callable[[str, str, int, int], None]
@@ -161,6 +162,11 @@ class _Line:
             self._path / known.folder,
             self._bundle_of(known.start),
             {each.kind: self._path / each.folder for each in self._read(stage)},
+            {
+                each.name: self._path / str(each.bundle)
+                for each in self._named(stage)
+                if each.bundle is not None
+            },
             lambda what, done, total: watch(name, what, done, total),
         )
         try:
@@ -208,6 +214,7 @@ class _Line:
         start = before.called if before else None
         known = Planned(stage.called, stage.kind, start=start)
         needed = [*([self.stages[start]] if start else []), *self._read(stage)]
+        needed += self._named(stage)
         if any(each.state != "done" for each in needed):
             return known
         key = _key(stage, self._options.seed, needed)
@@ -222,9 +229,10 @@ class _Line:
         """Return what a stage made, its bundle verified."""
         file = folder / _OUTCOME
         try:
-            told = json.loads(file.read_text())
+            told = json_of(read_text(file))
             found = {key: told[key] for key in ("bundle", "digest", "report", "seconds", "figures")}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            _check_outcome(found)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(str(file), f"unreadable ({error})", "what the stage wrote") from error
         if found["bundle"] is not None:
             whole = self._path / str(found["bundle"])
@@ -246,12 +254,41 @@ class _Line:
             read += [self.stages[names[-1]]] if names else []
         return read
 
+    def _named(self, stage: StageOptions) -> list[Planned]:
+        """Return the stages before one whose bundles its configuration names."""
+        return [self.stages[name] for name in KINDS[stage.kind].names(stage.config)]
+
     def _bundle_of(self, name: str | None) -> Path | None:
         bundle = self.stages[name].bundle if name is not None else None
         return self._path / bundle if bundle else None
 
     def _relative(self, path: Path | None) -> str | None:
         return None if path is None else path.relative_to(self._path).as_posix()
+
+
+def _check_outcome(found: Mapping[str, Any]) -> None:
+    """Refuse values of other kinds, and paths that lead out of the pipeline's folder.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key in ("bundle", "digest", "report"):
+        value = found[key]
+        if not (value is None or isinstance(value, str)):
+            raise ValueError(f"{key} is no text")
+    for key in ("bundle", "report"):
+        place = PurePosixPath(found[key] or "")
+        if "\0" in str(place) or str(place).encode(errors="replace").decode() != str(place):
+            raise ValueError(f"{key} is no path")
+        if place.is_absolute() or ".." in place.parts or "\\" in str(place) or ":" in str(place):
+            raise ValueError(f"{key} leads out of the folder")
+    if not (found["seconds"] is None or type(found["seconds"]) in (int, float)):
+        raise ValueError("seconds is no number")
+    figures = found["figures"]
+    if figures is not None and not (
+        isinstance(figures, dict) and all(isinstance(value, str) for value in figures.values())
+    ):
+        raise ValueError("figures are no texts")
 
 
 def _key(stage: StageOptions, seed: int, needed: Iterable[Planned]) -> str:

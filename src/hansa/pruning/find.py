@@ -46,7 +46,7 @@ def scores(
 ) -> dict[str, torch.Tensor]:
     """Score every prunable weight of a model; the model itself is left as it is.
 
-    Example:
+    Examples:
         >>> found = scores(net, batches, scorer=ProsPr(inner_steps=3))
         >>> masks = select(found, density=0.05)
 

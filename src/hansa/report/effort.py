@@ -86,8 +86,7 @@ def traffic_of(run: Run) -> dict[int, dict[str, Traffic]]:
 
 def private_nodes(run: Run) -> set[str]:
     """Return the paths of the nodes whose training is private."""
-    tree = run.config.shape()
-    rules = {name: node.rules for name, node in run.config.nodes.items()}
+    tree, rules = run.config.shape(), run.config.rules
     return {path for path, held in inherited(tree, rules).items() if held.privacy is not None}
 
 
@@ -100,7 +99,7 @@ def holders(run: Run) -> list[str]:
 def _steps(run: Run) -> dict[int, dict[str, int | None]]:
     """Return round -> node path -> its steps, None where they are not told."""
     config, tree = run.config, run.config.shape()
-    rules = inherited(tree, {name: node.rules for name, node in config.nodes.items()})
+    rules = inherited(tree, config.rules)
     hold, private = set(holders(run)), private_nodes(run)
     context = config.text.context if config.text else 1
     found: dict[int, dict[str, int | None]] = {}

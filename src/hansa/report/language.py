@@ -121,7 +121,8 @@ def side_by_side(runs: Mapping[str, Run]) -> list[Part]:
 def tree_of(run: Run, named: str = "") -> Part:
     """Return the tree, drawn, with what every node reached and every edge carried."""
     tree, private = run.config.shape(), private_nodes(run)
-    hold, reached, spent = set(holders(run)), _last(run, AFTER, "perplexity"), epsilons(run)
+    hold, reached = set(holders(run)), _last(run, AFTER, "perplexity")
+    spent = run.history.epsilons()
     steps: dict[str, int] = {}
     edges: dict[str, tuple[int, int]] = {}
     for one in passes_of(run):
@@ -138,7 +139,7 @@ def tree_of(run: Run, named: str = "") -> Part:
             said += [f"perplexity {number(reached[name])}"] if name in reached else []
             work = [f"{steps[path]} steps"] if path in steps else []
             if path in private:
-                work.append(f"\N{GREEK SMALL LETTER EPSILON} = {spent.get(name, 0.0):.2f}")
+                work.append(f"\N{GREEK SMALL LETTER EPSILON} = {spent.get(name) or 0.0:.2f}")
             said += [", ".join(work)] if work else []
         else:
             said.append("no text of its own")
@@ -160,7 +161,7 @@ def tree_of(run: Run, named: str = "") -> Part:
 
 def nodes_of(run: Run, named: str = "") -> Part:
     """Return a table of the nodes with text, and of their leaves' mean."""
-    tree, private, spent = run.config.shape(), private_nodes(run), epsilons(run)
+    tree, private, spent = run.config.shape(), private_nodes(run), run.history.epsilons()
     hold = holders(run)
     common = {
         text: perplexity(v) for (i, text), v in run.history.pairs("loss").items() if i == ROOT
@@ -184,7 +185,7 @@ def nodes_of(run: Run, named: str = "") -> Part:
         row += [number(values[name]) if name in values else "-" for values in scores]
         row += [size(up), size(down)] if path != ROOT else ["-", "-"]
         if is_private:
-            row.append(f"{spent.get(name, 0.0):.2f}" if path in private else "-")
+            row.append(f"{spent.get(name) or 0.0:.2f}" if path in private else "-")
         rows.append([*row, str(run.config.nodes[name].text)])
     leaves = [name_of(path) for path in hold if tree.is_leaf(path)]
     for what, of in (("mean of leaves", np.mean), ("std of leaves", np.std)):
@@ -291,14 +292,6 @@ def effort_of(run: Run, named: str = "") -> list[Part]:
             True,
         ),
     ]
-
-
-def epsilons(run: Run) -> dict[str, float]:
-    """Return private node -> epsilon that it has spent."""
-    found: dict[str, float] = {}
-    for _, row in sorted(run.history.scored("state", "epsilon").items()):
-        found |= row
-    return found
 
 
 def number(value: float) -> str:

@@ -18,6 +18,7 @@ from hansa.report.kept import kept
 from hansa.report.lineage import lineage
 from hansa.report.parts import Part, plot, table
 from hansa.report.plots import Series, dots, heatmap, lines, size
+from hansa.report.privacy import spending
 from hansa.runs import Run
 
 SCORED = {
@@ -57,7 +58,14 @@ def report(runs: Sequence[Run], out: Path | None = None) -> Path:
     if is_language:
         content = {
             "lead": language.lead(first, f"{_methods(labelled)}, {seed}"),
-            "tables": [language.results(labelled), *absent, *_kept(labelled), speed, *origin],
+            "tables": [
+                language.results(labelled),
+                *spending(labelled),
+                *absent,
+                *_kept(labelled),
+                speed,
+                *origin,
+            ],
             "scored": [],
             "plots": language.plots(labelled),
         }
@@ -65,7 +73,7 @@ def report(runs: Sequence[Run], out: Path | None = None) -> Path:
         content = {
             "lead": lead(first, seed),
             "drawing": [federation(first)] if len(runs) == 1 else [],
-            "tables": [_results(labelled), *absent, speed, *origin],
+            "tables": [_results(labelled), *spending(labelled), *absent, speed, *origin],
             "scored": [(k, SCORED[run.config.method.scored]) for k, run in labelled.items()],
             "plots": _plots(labelled),
         }
@@ -199,19 +207,29 @@ def _speed(runs: dict[str, Run], is_language: bool = False) -> Part:
 def _absences(runs: dict[str, Run], is_language: bool = False) -> list[Part]:
     fates = {label: run.history.table("ledger")["fate"].to_pylist() for label, run in runs.items()}
     spent = any("spent" in row for row in fates.values())
-    kinds = ["ok", "late", "failed", *(["spent"] if spent else [])]
+    excluded = any("excluded" in row for row in fates.values())
+    more = {"excluded": excluded, "spent": spent}
+    kinds = ["ok", "late", "failed", *(kind for kind, some in more.items() if some)]
     rows = []
     for label, row in fates.items():
         counts = [row.count(kind) for kind in kinds]
         if any(counts[1:]):
             rows.append([label, len(row), *counts])
     whose = "Nodes" if is_language else "Clients"
-    title = f"{whose} that were late or failed" + (", or had spent their budget" if spent else "")
-    note = "Budget spent: private training of one more round would have gone beyond its epsilon."
-    columns = ["method", "asked", "answered", "late", "failed"]
+    title = f"{whose} that were late or failed"
+    title += ", or were excluded" if excluded else ""
+    title += ", or had spent their budget" if spent else ""
+    notes, columns = [], ["method", "asked", "answered", "late", "failed"]
+    if excluded:
+        names = sorted({name for run in runs.values() for name in run.history.excluded()})
+        columns.append("excluded")
+        notes.append(f"Excluded, for replies of no use, which were not merged: {', '.join(names)}.")
     if spent:
         columns.append("budget spent")
-    return [table(title, columns, rows, note if spent else "")] if rows else []
+        notes.append(
+            "Budget spent: private training of one more round would have gone beyond its epsilon."
+        )
+    return [table(title, columns, rows, " ".join(notes))] if rows else []
 
 
 def _percent(values: dict[str, float] | None, key: str) -> str:

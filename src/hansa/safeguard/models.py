@@ -12,7 +12,7 @@ from torch import nn
 from hansa.bundle import CARD, Bundle, read_bundle
 from hansa.errors import InputError, first_line
 from hansa.models.build import Architecture, restore
-from hansa.models.language import CausalLM
+from hansa.models.language import CausalLM, merged
 from hansa.safeguard.checkpoint import full
 
 _KEY = "model.path"
@@ -61,8 +61,11 @@ def load_model(path: str, context: int) -> Loaded:
         return Loaded(merged(module.model), architecture, bundle.tokenizer, None, bundle)
     transformers = _library()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        # Weights from elsewhere are data, and so is whatever lies beside them.
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(
             _KEY,
@@ -83,23 +86,6 @@ def load_model(path: str, context: int) -> Loaded:
         classes=model.config.get_text_config().vocab_size,
     )
     return Loaded(model, architecture, "", tokenizer)
-
-
-def merged(model: nn.Module) -> nn.Module:
-    """Return a model whose low-rank adapters have become part of its weights.
-
-    A safeguard that lives in adapters is removed by leaving them out.
-    """
-    for path, module in list(model.named_modules()):
-        base = getattr(module, "base_layer", None)
-        if base is None or not hasattr(module, "merge"):
-            continue
-        module.merge()
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, base)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -1,18 +1,19 @@
 """Safeguards of a real model: retained and restricted text, questions, and pairs of answers."""
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hansa.data.answers import AnswerOptions
 from hansa.data.clients import Client
 from hansa.data.text_sources import Query, read
 from hansa.errors import InputError
+from hansa.safeguard.facts import Encode, Examples, asked_for_facts, examples_of, facts_of
 from hansa.safeguard.rows import (
     Data,
     Part,
@@ -25,8 +26,9 @@ from hansa.safeguard.rows import (
     client_of,
 )
 from hansa.seeding import generator
+from hansa.untrusted import MOST_BYTES, json_of, read_text
 
-Encode = Callable[[str], list[int]]
+Sources = str | Annotated[tuple[str, ...], Field(min_length=1)]
 _LETTERS = "ABCDEFGHIJ"
 _CLOZE = 8
 """Places of a row that are asked for."""
@@ -35,19 +37,23 @@ _CLOZE = 8
 class TextsOptions(BaseModel):
     """Where texts come from.
 
-    A source is ``file:PATH``, ``folder:PATH``, ``parquet:PATH``, ``python:KIND`` or ``hub:NAME``.
+    A source is ``file:PATH``, ``folder:PATH``, ``parquet:PATH``, ``python:KIND`` or ``hub:NAME``;
+    with ``answers`` one of questions and answers, as ``nodes.NAME.text`` names them, or a list.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["texts"]
-    retain: str
+    retain: Sources
     """Text that the model should keep."""
-    restricted: str
+    restricted: Sources
     """Text that it should not."""
-    attacker: str | None = None
+    attacker: Sources | None = None
     """Restricted text that an attacker has; by default a share of ``restricted``."""
-    clients: dict[str, str] = Field(default_factory=dict)
+    answers: AnswerOptions | None = None
+    """What stands around questions and answers, where the sources hold those. Then a row is one
+    of them, and the facts that they state are asked for."""
+    clients: dict[str, Sources] = Field(default_factory=dict)
     """Restricted text of clients who play the attacker, each on its own, in phases with
     ``clients = true``. A fifth of each is held out for the loss."""
     shares: tuple[float, float, float] = (0.45, 0.15, 0.2)
@@ -71,6 +77,11 @@ class TextsOptions(BaseModel):
     def _leaves_some(self) -> "TextsOptions":
         if min(self.shares) <= 0 or sum(self.shares) >= 1:
             raise ValueError("shares must be above 0, and leave some to be asked for")
+        if self.answers is not None and self.answers.corruption is not None:
+            raise ValueError("answers without corruption, which is for training")
+        several = [self.retain, self.restricted, self.attacker, *self.clients.values()]
+        if self.answers is None and any(isinstance(each, tuple) for each in several):
+            raise ValueError("one source of text each; lists are for questions and answers")
         return self
 
 
@@ -92,21 +103,23 @@ class Texts(Data):
         retained = self._read("retain")
         restricted = self._read("restricted")
         cut = max(1, round(len(retained) * 0.9))
-        self._parts = {"retain": retained[slice(cut)], "retained": retained[slice(cut, None)]}
+        parts = {"retain": retained[slice(cut)], "retained": retained[slice(cut, None)]}
         sums = [sum(options.shares[:k]) for k in range(4)]
         cuts = [*(round(share * len(restricted)) for share in sums), len(restricted)]
         names = ("adversary", "held_out", "attacker", "restricted")
         for name, start, end in zip(names, cuts, cuts[1:], strict=False):
-            self._parts[name] = restricted[slice(start, end)]
+            parts[name] = restricted[slice(start, end)]
         if options.attacker is not None:
-            self._parts["attacker"] = self._read("attacker")
+            parts["attacker"] = self._read("attacker")
+        self._examples = {name: e for name, e in parts.items() if isinstance(e, Examples)}
+        self._parts = {name: _rows_of(part) for name, part in parts.items()}
         for name, rows in self._parts.items():
             if not len(rows):
                 found = f"text without one row of {options.context} tokens for {name}"
                 raise InputError("data", found, "longer texts, or a smaller context")
         check_disjoint(self._parts)
         self._clients = {
-            name: self._rows(source, f"data.clients.{name}")
+            name: _rows_of(self._held_by(source, f"data.clients.{name}"))
             for name, source in options.clients.items()
         }
         for name, rows in self._clients.items():
@@ -136,12 +149,21 @@ class Texts(Data):
         for topic in ("retained", "restricted"):
             path = self._files.get(topic)
             found[topic] = (
-                self._cloze(self._parts[topic], topic)
+                self._about(topic)
                 if path is None
                 else self._asked(path, f"data.{topic}_questions", template)
             )
-        found["attacker"] = self._cloze(self._parts["attacker"], "attacker")
+        found["attacker"] = self._about("attacker")
         return found
+
+    def _about(self, name: str) -> Questions:
+        """Return questions for what a part states."""
+        answers = self.options.answers
+        if answers is None:
+            return self._cloze(self._parts[name], name)
+        every = [one for part in self._examples.values() for one in part.held]
+        key = {"retained": "data.retain"}.get(name, f"data.{name}")
+        return asked_for_facts(self._examples[name], facts_of(every), answers, self._encode, key)
 
     def preferences(self, part: Part) -> Preferences:
         """Return pairs of answers; of all but two fifths for the defender, by part."""
@@ -171,7 +193,9 @@ class Texts(Data):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all rows."""
-        digest = hashlib.sha256(self.options.model_dump_json().encode())
+        # Not where they lie: what is read from there is hashed itself.
+        unread = {"retain", "restricted", "attacker"} if self.options.answers else set[str]()
+        digest = hashlib.sha256(self.options.model_dump_json(exclude=unread).encode())
         for rows in self._held():
             digest.update(rows.tokens.numpy().tobytes())
         return digest.hexdigest()
@@ -194,11 +218,17 @@ class Texts(Data):
         }
         return {topic: path for topic, path in given.items() if path is not None}
 
-    def _read(self, name: str) -> Rows:
-        return self._rows(getattr(self.options, name), f"data.{name}")
+    def _read(self, name: str) -> Rows | Examples:
+        return self._held_by(getattr(self.options, name), f"data.{name}")
 
-    def _rows(self, source: str, key: str) -> Rows:
+    def _held_by(self, source: Sources, key: str) -> Rows | Examples:
         options = self.options
+        if options.answers is not None:
+            sources = [source] if isinstance(source, str) else source
+            made = examples_of(sources, key, options.answers, self._encode, options.context)
+            self._check(made.rows.tokens.flatten(), key)
+            return made
+        assert isinstance(source, str)  # noqa: S101 the options have looked
         most = None if options.most_kb is None else 1000 * options.most_kb
         text = read(source, Query(key, most, options.column))
         tokens = torch.tensor(self._encode(text), dtype=torch.int64)
@@ -285,15 +315,15 @@ def _records(path: str, fields: tuple[str, ...], key: str) -> Iterator[dict[str,
         InputError: no such file, a line that is no object, or one without a field.
     """
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(Path(path), MOST_BYTES).splitlines()
+    except (OSError, ValueError) as error:
         raise InputError(key, f"{path} that cannot be read ({error})", "a jsonl file") from error
     count = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json_of(line)
         except ValueError as error:
             raise InputError(key, f"line {number} of {path}, no JSON", "jsonl") from error
         if not isinstance(record, dict) or not set(fields) <= set(record):
@@ -302,3 +332,7 @@ def _records(path: str, fields: tuple[str, ...], key: str) -> Iterator[dict[str,
         yield record
     if not count:
         raise InputError(key, f"{path} without a line", "one or more")
+
+
+def _rows_of(part: Rows | Examples) -> Rows:
+    return part.rows if isinstance(part, Examples) else part

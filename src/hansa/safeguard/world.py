@@ -12,6 +12,7 @@ has been recovered and not been learned anew.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,7 +44,7 @@ class WorldOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["world"] = "world"
-    entities: int = Field(160, ge=8, strict=True)
+    entities: int = Field(160, ge=8, lt=2**31, strict=True)
     """Entities of each table."""
     relations: int = Field(4, ge=1, strict=True)
     """Facts about each entity."""
@@ -62,6 +63,8 @@ class WorldOptions(BaseModel):
 
     @model_validator(mode="after")
     def _leaves_some(self) -> "WorldOptions":
+        if not all(math.isfinite(share) for share in self.shares):
+            raise ValueError("shares are numbers")
         cuts = self.cuts()
         if min(b - a for a, b in pairwise(cuts)) < 1:
             raise ValueError("shares must leave an entity for each part, and some to be asked for")

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -30,6 +29,8 @@ from hansa.models.images import NORMS
 from hansa.models.task import Tensors
 from hansa.search.distillation import BLOCK_LOSSES
 from hansa.search.spaces import Floats
+from hansa.tensor_files import read_tensors
+from hansa.untrusted import json_of, read_text
 
 FORMAT, ABOUT, TEACHER = 1, "blocks.json", "teacher.safetensors"
 ALL = tuple((stage, cell) for stage in range(NUM_STAGES) for cell in range(NUM_CELLS))
@@ -64,8 +65,8 @@ class Blocks:
         """
         path = path_of(self.folder, stage, cell)
         try:
-            return safetensors.torch.load_file(path)
-        except (FileNotFoundError, SafetensorError) as error:
+            return read_tensors(path)
+        except (OSError, ValueError) as error:
             raise InputError(str(path), "no block", "a trained block") from error
 
     def stage(self, stage: int, cell: int) -> BloxStage:
@@ -87,7 +88,7 @@ def read_blocks(folder: Path) -> Blocks:
         InputError: it is no folder of blocks, or a file in it is broken.
     """
     try:
-        about = json.loads((folder / ABOUT).read_text())
+        about = json_of(read_text(folder / ABOUT))
         if about["format"] != FORMAT:
             raise InputError(f"{folder / ABOUT}: format", about["format"], str(FORMAT))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -128,7 +129,10 @@ def assemble(blocks: Blocks, model: int | Iterable[int]) -> Blox:
         shape["width"],
         shape["norm"],
     )
-    held = safetensors.torch.load_file(blocks.folder / TEACHER)
+    try:
+        held = read_tensors(blocks.folder / TEACHER)
+    except (OSError, ValueError) as error:
+        raise InputError(str(blocks.folder / TEACHER), "no teacher", "its weights") from error
     for part in ("stem", "head"):
         own = {name: value for name, value in held.items() if name.startswith(f"{part}.")}
         module: nn.Module = getattr(network, part)

@@ -5,7 +5,6 @@ and neither validation accuracy nor seconds: what a search is told is the accura
 and what it found is judged by the mean of all three.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from hansa.errors import InputError
 from hansa.search.columns import Columns
 from hansa.search.spaces import MACRO
+from hansa.untrusted import json_of, read_bytes
 
 _CODE = re.compile(r"[0-2]{8}")
 
@@ -28,7 +28,7 @@ def read_macro(path: str | Path) -> Columns:
         InputError: no such file, or one that holds something else.
     """
     try:
-        records = json.loads(Path(path).read_bytes())
+        records = json_of(read_bytes(Path(path)))
     except OSError as error:
         raise InputError(str(path), error.strerror, "NAS-Bench-Macro's JSON file") from None
     except ValueError as error:
@@ -60,7 +60,7 @@ def _row(path: str | Path, code: str, record: Any) -> tuple[int, list[float], fl
     try:
         accuracy = [float(each) for each in record["test_acc"]]
         parameters, multiply_adds = float(record["params"]), float(record["flops"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         allowed = "numbers: a list test_acc, params and flops"
         raise InputError(f"{path}: {code}", str(record)[:80], allowed) from None
     if not accuracy or not all(0 <= each <= 100 for each in accuracy):

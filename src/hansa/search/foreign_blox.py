@@ -24,7 +24,9 @@ from hansa.files import write_atomic
 from hansa.models.blox_space import RawVector, id_of, vector_of
 from hansa.search.columns import Columns
 from hansa.search.spaces import BLOX, Floats
+from hansa.untrusted import json_of, read_text
 
+_SEED = re.compile(r"[0-9]{1,18}")
 _HASH = "model_hash"
 _BASE = (_HASH, "val_top1", "test_top1", "train_time_s")
 _INFO = (_HASH, "params", "flops", "arch_vec")
@@ -51,7 +53,7 @@ def read_blox(folder: str | Path) -> Columns:
         InputError: no such files, a file that is broken, or files that do not fit together.
     """
     base = _by_name(folder, "base")
-    if not base or not all(name.isdigit() for name in base):
+    if not base or not all(_SEED.fullmatch(name) for name in base):
         found = f"seeds {sorted(base)}" if base else "no blox-base-SEED.csv"
         raise InputError(str(folder), found, "csv files; other encodings are not read")
     info = _rows(Path(folder) / "blox-info.csv", "info", _INFO)[1]
@@ -67,7 +69,7 @@ def read_blox(folder: str | Path) -> Columns:
         "validation": _by_seed([(base[s], read[s][1]) for s in seeds], keys, "val_top1") / 100
     }
     extended = _by_name(folder, "ext")
-    if sorted(extended, key=int) == seeds:
+    if sorted(extended) == sorted(seeds):
         more = [(extended[s], _rows(extended[s], "ext", (_HASH, *_CURVES))[1]) for s in seeds]
         for name, ours in _CURVES.items():
             unit = 1 if name.endswith("loss") else 100
@@ -148,10 +150,10 @@ def _by_name(folder: str | Path, kind: str) -> dict[str, Path]:
 def _rows(path: Path, kind: str, columns: Sequence[str]) -> tuple[dict[str, str], Rows]:
     """Return a file's header and its rows by hash."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except OSError as error:
         raise InputError(str(path), error.strerror, "a csv file of a Blox table") from None
-    except UnicodeDecodeError:
+    except ValueError:
         raise InputError(str(path), "no text", "a csv file of a Blox table") from None
     first = next((k for k, line in enumerate(lines) if line.startswith(f"{_HASH},")), None)
     if first is None:
@@ -164,9 +166,13 @@ def _rows(path: Path, kind: str, columns: Sequence[str]) -> tuple[dict[str, str]
         if header.get(key, value) != value:
             raise InputError(f"{path}: {key}", header[key], value)
     reader = csv.DictReader(io.StringIO("\n".join(lines[first:])), strict=True)
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    try:
+        known = reader.fieldnames or ()
+    except csv.Error as error:
+        raise InputError(str(path), error, "csv") from None
+    missing = [name for name in columns if name not in known]
     if missing:
-        raise InputError(str(path), f"columns {reader.fieldnames}", f"also {missing}")
+        raise InputError(str(path), f"columns {known}", f"also {missing}")
     rows: Rows = {}
     try:
         for row in reader:
@@ -186,7 +192,7 @@ def _models(path: Path, rows: Rows) -> dict[int, str]:
     found: dict[int, str] = {}
     for key, row in rows.items():
         try:
-            vector: RawVector = json.loads(row["arch_vec"])
+            vector: RawVector = json_of(row["arch_vec"])
         except ValueError:
             allowed = "three cells, each [[op1], [op2, prev, inp, sc]]"
             raise InputError(f"{path}: {key}.arch_vec", row["arch_vec"], allowed) from None
@@ -220,9 +226,9 @@ def _by_seed(files: Sequence[tuple[Path, Rows]], keys: Sequence[str], column: st
 
 def _numbers(path: Path, column: str, key: str, field: str) -> list[float]:
     try:
-        values = json.loads(field) if field != "nan" else float("nan")
+        values = json_of(field) if field != "nan" else float("nan")
         numbers = [float(each) for each in (values if isinstance(values, list) else [values])]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = []
     limit = 100.0 if re.search(r"_top\d$", column) else np.inf
     if not numbers or any(each < 0 or each > limit for each in numbers):

@@ -22,6 +22,7 @@ from hansa.search.supernet import SupernetFitting, search_supernet
 from hansa.search.teacher import features
 from hansa.search.training import train_model
 from hansa.search.tuning import scores_of, swap_accuracies
+from hansa.tensor_files import read_tensors
 
 BLOCKWISE = ("dna", "donna", "lana")
 PRIORS = (*BLOCKWISE, "supernet")
@@ -127,7 +128,7 @@ def _teacher(
             if file.metadata() != about:
                 found = f"{path}, of another model, seed or recipe"
                 raise InputError("priors.teacher", found, "the one it was begun with, or --out NEW")
-        made.load_state_dict(safetensors.torch.load(path.read_bytes()))
+        made.load_state_dict(read_tensors(path))
     else:
         watch("training the teacher", 0, 1)
         train_model(made, recipe, splits, seed)

@@ -18,14 +18,18 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-from hansa.errors import InputError
+from hansa.errors import InputError, first_line
 from hansa.search.recipes import Recipe
 from hansa.search.training import Curves
+from hansa.untrusted import json_of
 
 Job = tuple[int, int]
 """A model's number and a seed."""
 LEASE = 600.0
 """Seconds that a claim holds without being renewed."""
+
+_LONGEST = 1 << 26
+"""Bytes of one value in a file that is only read."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS recipes (name TEXT PRIMARY KEY, digest TEXT, description TEXT);
@@ -55,14 +59,17 @@ class Store:
         self.worker = f"{platform.node()}:{os.getpid()}"
         if not self.path.parent.is_dir():
             raise InputError("TABLE", f"no folder {self.path.parent}", "a folder that is there")
+        if self.path.exists() and not self.path.is_file():  # a pipe would be waited for
+            raise InputError("TABLE", f"{path}, which is no ordinary file", "a table's SQLite file")
         try:
             with self._open() as file:
                 if read_only:
+                    _check_tables(file)
                     file.execute("SELECT name, digest, description FROM recipes LIMIT 1")
                 else:
                     file.execute("PRAGMA journal_mode=WAL")
                     file.executescript(_SCHEMA)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise InputError("TABLE", f"{path} ({error})", "a table's SQLite file") from error
 
     @contextmanager
@@ -71,6 +78,10 @@ class Store:
         mode = "ro" if self._read_only else "rwc"
         address = f"{self.path.absolute().as_uri()}?mode={mode}"
         with closing(sqlite3.connect(address, timeout=60, uri=True)) as file, file:
+            if self._read_only:  # it may come from elsewhere
+                file.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
+                file.execute("PRAGMA trusted_schema=OFF")
+                file.execute("PRAGMA cell_size_check=ON")
             yield file
 
     def add_recipe(self, recipe: Recipe) -> None:
@@ -93,13 +104,14 @@ class Store:
         Raises:
             InputError: there is none, or more than one and no name.
         """
-        with self._open() as file:
-            found = dict(file.execute("SELECT name, description FROM recipes").fetchall())
-        if name is None and len(found) == 1:
-            name = next(iter(found))
-        if name is None or name not in found:
-            raise InputError("recipe", name or "no name", ", ".join(found) or "an empty table")
-        return Recipe.model_validate_json(found[name])
+        with self._told(), self._open() as file:
+            rows = file.execute("SELECT name, description FROM recipes").fetchall()
+            found = {str(known): description for known, description in rows}
+            if name is None and len(found) == 1:
+                name = next(iter(found))
+            if name is None or name not in found:
+                raise InputError("recipe", name or "no name", ", ".join(found) or "an empty table")
+            return Recipe.model_validate(json_of(found[name]))
 
     def add(self, recipe: Recipe, jobs: Iterable[Job]) -> int:
         """Put runs into the queue, in this order, and return how many were new."""
@@ -186,10 +198,25 @@ class Store:
 
     def runs(self, recipe: str) -> Iterator[tuple[int, int, Curves]]:
         """Yield model, seed and curves of what is done, in the order of models and seeds."""
-        with self._open() as file:
+        with self._told(), self._open() as file:
             statement = "SELECT model, seed, curves FROM runs WHERE recipe = ? AND status = 'done'"
             for model, seed, text in file.execute(f"{statement} ORDER BY model, seed", (recipe,)):
                 yield model, seed, _curves(text)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Put into words what is wrong with a file that is no table after all.
+
+        Raises:
+            InputError: naming the file.
+        """
+        try:
+            yield
+        except InputError:
+            raise
+        except (sqlite3.Error, ValueError, TypeError, AttributeError) as error:
+            found = f"{self.path} ({first_line(error)})"
+            raise InputError("TABLE", found, "a table's SQLite file") from error
 
     def at_epoch(self, recipe: str, epoch: int) -> list[int]:
         """Return the validation samples right after an epoch in all finished runs so far."""
@@ -198,6 +225,19 @@ class Store:
             statement = "SELECT json_extract(curves, ?) FROM runs WHERE recipe = ?"
             found = file.execute(f"{statement} AND status = 'done'", (path, recipe)).fetchall()
         return [value for (value,) in found if value is not None]
+
+
+def _check_tables(file: sqlite3.Connection) -> None:
+    """Refuse a file whose tables are views: what is asked of these may never come to an end.
+
+    Raises:
+        DatabaseError: naming one.
+    """
+    found = dict(file.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'"))
+    for name in ("recipes", "runs"):
+        told = str(found.get(name, "")).upper()
+        if not told.startswith("CREATE TABLE") or " AS " in told:
+            raise sqlite3.DatabaseError(f"no table {name}")
 
 
 def _text(curves: Curves) -> str:
@@ -214,7 +254,7 @@ def _curves(text: str) -> Curves:
         name: [math.nan if each is None else each for each in value]
         if type(value) is list
         else value
-        for name, value in json.loads(text).items()
+        for name, value in json_of(text).items()
     }
     return Curves(**values)
 

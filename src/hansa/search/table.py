@@ -4,6 +4,7 @@ A table is arrays in memory, so that a question takes about a microsecond; ``tab
 and writes its files.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from hansa.search.training import Curves
 
 BY_SEED = ("validation_accuracy", "test_accuracy", "train_seconds")
 COSTS = ("parameters", "multiply_adds")
+MOST_VALUES = 1 << 28
+"""Most values by model, seed and epoch; twice that of all models of the original's three tables."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,9 @@ class Table:
         models = np.unique([row.model for row in kept])
         seeds = sorted({row.seed for row in kept})
         shape = len(models), len(seeds)
+        if 2 * math.prod(shape) * recipe.epochs > MOST_VALUES:  # as declared, before it is held
+            found = f"{shape[0]} models, {shape[1]} seeds and {recipe.epochs} epochs"
+            raise InputError("table", found, f"fewer: up to {MOST_VALUES} values")
         curves = np.full((2, *shape, recipe.epochs), np.nan, np.float32)
         chosen = np.zeros(shape, np.int64)
         seconds = np.full(shape, np.nan)

@@ -6,7 +6,7 @@ the SQLite file of ``store.py`` while it is made.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from hansa.errors import InputError, first_line
 from hansa.files import write_atomic
+from hansa.parquet import read_table
 from hansa.search.foreign import read_macro
 from hansa.search.foreign_blox import read_blox
 from hansa.search.profile import KEY
@@ -24,6 +25,7 @@ from hansa.search.recipes import RECIPES, Recipe
 from hansa.search.store import Store
 from hansa.search.table import Row, Table
 from hansa.search.training import Curves
+from hansa.untrusted import json_of
 
 SMALL = "gratings16-w8"
 """The table that comes with Hansa."""
@@ -54,8 +56,7 @@ def open_table(path: str | Path = SMALL, recipe: str | None = None) -> Table:
     else:
         store = Store(place, read_only=True)
         own = _checked(store.recipe(recipe), place)
-        rows = (Row(*each) for each in store.runs(own.name))
-        table = Table.of_rows(own, rows)
+        table = _table(own, (Row(*each) for each in store.runs(own.name)), (), place)
     if recipe is not None and table.recipe != recipe:
         raise InputError("table", f"{path}, made by {table.recipe}", f"a table of {recipe}")
     return table
@@ -151,14 +152,14 @@ def _beside(path: Path) -> Path:
 
 def _read(path: Path) -> Table:
     try:
-        found = pq.read_table(path)
-        recipe = Recipe.model_validate(json.loads(found.schema.metadata[_KEY])["recipe"])
+        found = read_table(path, "table")
+        recipe = Recipe.model_validate(json_of(found.schema.metadata[_KEY])["recipe"])
         rows = [
             Row(each.pop("model"), each.pop("seed"), Curves(**each)) for each in found.to_pylist()
         ]
         profiles = []
         if _beside(path).is_file():
-            beside = pq.read_table(_beside(path))
+            beside = read_table(_beside(path), "table")
             if beside.schema.metadata[_KEY].decode() != recipe.digest:
                 raise InputError(
                     "table", f"{_beside(path)}, of another recipe", "that of the table"
@@ -168,7 +169,19 @@ def _read(path: Path) -> Table:
         raise
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError("table", f"{path} ({first_line(error)})", "a table of Hansa's") from error
-    return Table.of_rows(_checked(recipe, path), rows, profiles)
+    return _table(_checked(recipe, path), rows, profiles, path)
+
+
+def _table(
+    recipe: Recipe, rows: Iterable[Row], profiles: Iterable[dict[str, Any]], path: Path
+) -> Table:
+    try:
+        return Table.of_rows(recipe, rows, profiles)
+    except InputError:
+        raise
+    # Whatever values of another kind, or too few or too many of them, lead to.
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise InputError("table", f"{path} ({first_line(error)})", "a table of Hansa's") from error
 
 
 def _checked(recipe: Recipe, path: Path) -> Recipe:

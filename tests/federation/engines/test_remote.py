@@ -29,7 +29,9 @@ from hansa.federation.methods import METHODS, FedAvg, FedSelect
 from hansa.federation.methods.base import Method
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
+from hansa.federation.robust import Robust
 from hansa.federation.tree import Tree
+from hansa.federation.wire import decode, encode
 from support import clients, engine, everything, made, run, same
 
 
@@ -180,13 +182,25 @@ def spoiled(**changes: Any) -> Callable[[Answer], Answer]:
 
 
 def _not_finite(answer: Answer) -> Answer:
-    from hansa.federation.wire import decode, encode
-
     reply = decode(answer.body)
     name = next(iter(reply.group("model")))
     values = {**reply.group("model"), name: reply.group("model")[name] * math.nan}
     groups = {**reply.groups, "model": values}
     return replace(answer, body=encode(Message(groups, reply.scalars, reply.metrics)))
+
+
+def _no_metric(answer: Answer) -> Answer:
+    reply = decode(answer.body)
+    told = {**reply.metrics, "loss": (math.inf, 1.0)}
+    return replace(answer, body=encode(Message(reply.groups, reply.scalars, told)))
+
+
+def _weighing(weight: float) -> Callable[[Answer], Answer]:
+    def spoil(answer: Answer) -> Answer:
+        reply = decode(answer.body)
+        return replace(answer, body=encode(Message(reply.groups, {"weight": weight})))
+
+    return spoil
 
 
 GARBAGE = {
@@ -197,6 +211,10 @@ GARBAGE = {
         "differs from the model",
     ),
     "without a weight": (spoiled(body=encoded(Message(scalars={"x": 1}))), "weight"),
+    "a metric that is no number": (_no_metric, "the metric loss is inf"),
+    "metrics beside it": (spoiled(metrics={"loss": (math.nan, 1.0)}), "the metric loss is nan"),
+    "a weight that is no number": (_weighing(math.nan), "weight is nan"),
+    "a negative weight": (_weighing(-1.0), "weight"),
     "refused": (spoiled(status="refused", error="no data"), "no data"),
 }
 
@@ -209,7 +227,7 @@ def test_a_reply_of_no_use_is_left_out_and_named(case, tmp_path, caplog) -> None
     found.post.spoil["root/c1", 2] = spoil
     results = rounds(found)
     visit = results[1].visits[1]
-    assert (visit.fate, visit.up) == ("failed", 0)
+    assert (visit.fate, visit.up) == ("failed" if case == "refused" else "excluded", 0)
     assert why in visit.error
     assert "c1" in caplog.text
     assert [visit.fate for visit in results[2].visits] == ["ok"] * 3
@@ -221,6 +239,27 @@ def test_a_reply_of_no_use_is_left_out_and_named(case, tmp_path, caplog) -> None
     run(expected, 2)
     rounds(alone, 2)
     assert same(alone.state().group("model"), expected.state().group("model"))
+
+
+@pytest.mark.parametrize("name", ["fedavg", "scaffold", "fedselect"])
+@pytest.mark.parametrize(
+    "robust",
+    [
+        Robust(rule="median"),
+        Robust(rule="multi_krum", attackers=0),
+        Robust(rule="geometric_median"),
+        Robust(rule="norm_bound"),
+    ],
+    ids=lambda robust: robust.rule,
+)
+def test_robust_rules_give_the_local_engines_bits(name, robust, tmp_path) -> None:
+    local, far = engine(made(name)), engine(made(name))
+    local.setup = far.setup = replace(local.setup, robust=robust)
+    found = remote(far, tmp_path)
+    rounds(found, 2)
+    run(local, 2)
+    for group, tensors in local.state().groups.items():
+        assert same(found.state().group(group), tensors), group
 
 
 def test_a_loss_that_is_no_number_stops_the_run_or_is_dropped(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""The acceptance tests of the method, numbered as in its specification in docs/methods.md."""
+"""The acceptance tests of the method, numbered as in its specification in docs/fedselect.md."""
 
 import math
 

@@ -21,17 +21,18 @@ from hansa.federation.leaf import (
     Metrics,
     Scores,
 )
-from hansa.federation.message import Message, State
+from hansa.federation.message import Message, State, check_finite
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Child, Node, Reply, Setup
 from hansa.federation.participation import Fate, Participation
-from hansa.federation.spending import counted
+from hansa.federation.spending import afforded, counted, noised_mean, told_centrally
 from hansa.federation.store import MemoryStore, Store, link_key
 from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import encoded_size
 
 _AFTER = "trained/"
 SPENT_BUDGET = "the privacy budget is spent, so that it did not train"
+SPENT_BY_ROOT = "the privacy budget is spent, so that nobody was asked"
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ class Visit:
 
     Attributes:
         path: the child.
-        fate: ``ok``, ``late`` (past the deadline) or ``failed``.
+        fate: ``ok``, ``late`` (past the deadline), ``failed``, ``spent`` (its privacy budget), or
+            ``excluded`` (what it sent is of no use, and was not merged).
         down: bytes of the message it was sent, as encoded; 0 for an empty one.
         up: bytes of its reply; 0 when none came or it was empty.
         csr: bytes of its reply as papers on sparse training count them (``wire.csr_size``).
         seconds: simulated seconds of its local work; 0 at an inner node.
         metrics: metrics of its local training as (sum, count).
-        error: why it failed, where that is known.
+        error: why it failed or was excluded, where that is known.
     """
 
     path: str
@@ -197,7 +199,8 @@ class Engine(ABC):
         """Return every leaf's scores, and the top node's figures about its own state."""
         state = self.state(top.path)
         scores = dict(self.score(top, state))
-        if about := self.method.describe(self.setup, state):
+        about = {**self.method.describe(self.setup, state), **told_centrally(top, state)}
+        if about:
             scores[top.path] = {"state": about}
         return scores
 
@@ -225,6 +228,9 @@ class Engine(ABC):
 
     def ask(self, node: Node, state: State) -> Iterator[Asked]:
         """Yield the children that are asked in a round, each with its message and its fate."""
+        if not afforded(node, state):
+            self._own[node.path] = Visit(node.path, "spent", 0, error=SPENT_BY_ROOT)
+            return
         children = self.tree.children(node.path)
         rules = self.setup.rules.get(node.path)
         participation = (rules and rules.participation) or self.participation
@@ -256,6 +262,26 @@ class Engine(ABC):
         before = self.store.get(ask.path)
         return child, counted(take(child, before, ask.down), before)
 
+    def check_reply(
+        self, node: Node, state: State, path: str, reply: Message, metrics: Metrics | None = None
+    ) -> None:
+        """Refuse a child's reply that cannot be merged: so its sender alone loses the round.
+
+        Args:
+            node: the inner node.
+            state: its state when it dispatched.
+            path: the child.
+            reply: what it sent.
+            metrics: metrics of its training.
+
+        Raises:
+            MessageError: something in it is no number, or does not fit the method.
+        """
+        check_finite(reply, metrics)
+        if reply:
+            link = self.store.get(link_key(node.path, path))
+            self.method.fits(node, state, Child(path, link), reply)
+
     def merge(self, node: Node, before: State, replies: Iterable[tuple[str, Message]]) -> State:
         """Keep what an inner node makes of its children's replies, and return its new state.
 
@@ -277,8 +303,15 @@ class Engine(ABC):
                     self.store.put(key, kept)
                 yield Reply(path, link, reply)
 
-        state = self.method.aggregate(node, before, remembered())
-        state = counted(state, before)
+        if node.setup.central is None:
+            state = self.method.aggregate(node, before, remembered())
+            state = counted(state, before)
+        elif afforded(node, before):
+            state = noised_mean(node, before, remembered(), self.method.aggregate)
+        else:
+            state = before
+            for _ in remembered():  # asking comes to nothing, and only then is it said why
+                raise RuntimeError(f"{node.path} has replies beyond its privacy budget")
         self.store.put(node.path, state)
         return state
 

@@ -6,6 +6,7 @@ run in worker processes when there are any. The order of work never shows in the
 of random numbers are derived, and replies are merged in path order.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,15 +21,17 @@ from hansa.federation.engines.engine import SPENT_BUDGET, Asked, Engine, Visit
 from hansa.federation.engines.plan import Plan
 from hansa.federation.engines.workers import Pool, ThisProcess, Workers, check_sendable
 from hansa.federation.leaf import DivergedError, Job, Leaf, Newcomer, Scores, Trained
-from hansa.federation.message import Message, State, Tensors
+from hansa.federation.message import Message, MessageError, State, Tensors
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Child, Node, Setup
 from hansa.federation.participation import Fate, Participation
 from hansa.federation.stack import Stack
-from hansa.federation.tree import ROOT, Tree
+from hansa.federation.tree import ROOT, Tree, name_of
 from hansa.federation.wire import csr_size, encoded_size
 
 T = TypeVar("T")
+_Came = tuple[Visit, State, Message]
+_log = logging.getLogger("hansa.engine")
 WINDOW = 4
 """Stacks whose leaves are sorted by size together; their replies are held until all are there."""
 
@@ -125,7 +128,7 @@ class LocalEngine(Engine):
         if self.method.scored != "trained" and not self.setup.moments:
             return
         masks = {}
-        judges = self.audience or self.clients
+        judges = {p: c for p, c in (self.audience or self.clients).items() if self._honest(p)}
         rows = [path for path in self.tree.walk() if path in judges]
         if self.setup.moments and ROOT not in rows:
             rows.insert(0, ROOT)
@@ -172,23 +175,41 @@ class LocalEngine(Engine):
         """Run an inner node's round below it, and return its new state."""
         state, share = self.train_own(node, self.store.get(node.path), state)
         own = [(node.path, share)] if share else []
-        return self.merge(node, state, chain(own, self._replies(self.ask(node, state), visits)))
+        return self.merge(node, state, chain(own, self._replies(node, state, visits)))
 
     def _job(self, path: str, number: int, down: Message) -> Job:
         return Job(path, number, self.clients[path], self.store.get(path), down, self.scoring)
 
     def _replies(
-        self, asked: Iterator[Asked], visits: list[Visit]
+        self, node: Node, state: State, visits: list[Visit]
     ) -> Iterator[tuple[str, Message]]:
         """Yield the replies of a node's children as they come in, in path order."""
-        calls = (self._ask(window, visits) for window in self._windows(asked))
-        for call in _ahead(calls, self._windows_ahead):
-            for visit, state, reply in call():
-                visits.append(visit)
-                if visit.fate == "ok" and self.tree.is_leaf(visit.path) and state:
-                    self.store.put(visit.path, state)
-                if reply:
-                    yield visit.path, reply
+        calls = (self._ask(window, visits) for window in self._windows(self.ask(node, state)))
+        came = (each for call in _ahead(calls, self._windows_ahead) for each in call())
+        for visit, kept, reply in self._attacked(node, state, came):
+            try:
+                self.check_reply(node, state, visit.path, reply)
+            except MessageError as error:
+                told = f"a reply of no use: {error}"
+                _log.warning("round %d: %s: excluded: %s", node.round, name_of(visit.path), told)
+                visits.append(replace(visit, fate="excluded", up=0, csr=0, metrics={}, error=told))
+                continue
+            visits.append(visit)
+            if visit.fate == "ok" and self.tree.is_leaf(visit.path) and kept:
+                self.store.put(visit.path, kept)
+            if reply:
+                yield visit.path, reply
+
+    def _attacked(self, node: Node, state: State, came: Iterator[_Came]) -> Iterable[_Came]:
+        """Return what came of a node's children as attackers have it, who may wait for the rest."""
+        attack = self.setup.attack
+        if attack is None or not attack.colludes:
+            return came
+        held = list(came)
+        sent = attack.replied(
+            {visit.path: reply for visit, _, reply in held}, self.method.unchanged(node, state)
+        )
+        return [(visit, kept, sent[visit.path]) for visit, kept, _ in held]
 
     @property
     def _windows_ahead(self) -> int:
@@ -217,13 +238,11 @@ class LocalEngine(Engine):
         leaves.sort(key=lambda ask: -self.clients[ask.path].count("train"))
         return [leaves[k : k + self.plan.stack] for k in range(0, len(leaves), self.plan.stack)]
 
-    def _ask(
-        self, window: list[Asked], visits: list[Visit]
-    ) -> Callable[[], list[tuple[Visit, State, Message]]]:
+    def _ask(self, window: list[Asked], visits: list[Visit]) -> Callable[[], list[_Came]]:
         """Start the round of some children; the call returns what became of them, in order."""
         trained = self._start(window, self._workers.train)
 
-        def results() -> list[tuple[Visit, State, Message]]:
+        def results() -> list[_Came]:
             done = trained()
             return [self._visited(ask, done, visits) for ask in window]
 
@@ -249,7 +268,7 @@ class LocalEngine(Engine):
 
     def _visited(
         self, ask: Asked, done: Mapping[str, Trained | DivergedError], visits: list[Visit]
-    ) -> tuple[Visit, State, Message]:
+    ) -> _Came:
         """Return what became of one child: a leaf that is done, or an inner node, which is visited.
 
         Raises:
@@ -287,10 +306,14 @@ class LocalEngine(Engine):
             yield from self._score_audience(node, state)
             return
         yield from self.score_own(node, state)
-        windows = self._windows(self.ask_all(node, state))
+        windows = self._windows(ask for ask in self.ask_all(node, state) if self._honest(ask.path))
         calls = (self._ask_scores(node, window) for window in windows)
         for call in _ahead(calls, self._windows_ahead):
             yield from call()
+
+    def _honest(self, path: str) -> bool:
+        """Tell whether a node is none of a simulation's attackers, whom no score is about."""
+        return self.setup.attack is None or path not in self.setup.attack.paths
 
     def _score_audience(self, node: Node, state: State) -> Iterator[tuple[str, Scores]]:
         """Yield the scores of one model at nodes that had no part in its training."""

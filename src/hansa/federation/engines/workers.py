@@ -1,6 +1,6 @@
 """Who does the work of stacks: this process, or a pool of others. Same calls, same numbers."""
 
-import pickle
+import pickle  # nosec B403 # nothing is read: it tells whether work can go to other processes
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack

@@ -61,8 +61,13 @@ class Method(BaseModel, ABC):
     inner: ClassVar[Inner | None] = None
     """When an inner node with data of its own trains on it: before it asks its children, who
     start from what it has made, or beside them, as one of them; None where it may hold none."""
+    averages: ClassVar[bool] = False
+    """Whether what children send is merged by a mean of the setup's, which robust rules replace."""
     pools: ClassVar[bool] = False
     """Whether all data are brought to one place, as no federation would."""
+    alone: ClassVar[str] = "what it makes of its replies, only the method can tell"
+    """Why a parent must see each reply by itself; empty where it needs no more than a weighted mean
+    of the models in them, so that noise can be put on it, or only it be known."""
     masked: ClassVar[bool] = False
     """Whether clients hold masks, which ``buffers = "personal"`` needs."""
 
@@ -78,11 +83,24 @@ class Method(BaseModel, ABC):
         """Refuse a model or a tree on which the method is not defined.
 
         Raises:
-            InputError: the tree is too deep, or an option does not fit the model.
+            InputError: the tree is too deep, an option does not fit the model, or a robust rule
+                where nothing is averaged.
         """
         if self.max_depth is not None and depth > self.max_depth:
             raise InputError(
                 "tree.federations", f"a tree of depth {depth}", f"depth 1 with method {self.name!r}"
+            )
+        if setup.robust is not None and not self.averages:
+            raise InputError(
+                "robust",
+                f"a rule with method {self.name!r}, which averages nothing",
+                "a method that averages models",
+            )
+        if setup.attack is not None and not self.averages:
+            raise InputError(
+                "attackers",
+                f"attackers with method {self.name!r}, in which no client's reply is averaged",
+                "a method that averages models",
             )
         if setup.buffers == "personal" and not self.masked:
             raise InputError(
@@ -184,6 +202,23 @@ class Method(BaseModel, ABC):
         ``node`` and ``state`` are the parent's, as they were when the child was asked.
         """
         return child.link
+
+    def fits(self, node: Node, state: State, child: Child, reply: Message) -> None:
+        """Refuse a reply that ``aggregate`` could not take, before it counts; by default none.
+
+        ``node`` and ``state`` are the parent's, as they were when the child was asked.
+
+        Raises:
+            MessageError: something is missing, or has another shape, dtype or sign.
+        """
+
+    def unchanged(self, node: Node, state: State) -> Mapping[str, Tensors]:
+        """Return what a reply would hold of which training changed nothing.
+
+        Tensors that are changes in themselves are left out. ``state`` is that of the parent when it
+        asked.
+        """
+        return {}
 
     @abstractmethod
     def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:

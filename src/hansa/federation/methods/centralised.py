@@ -16,9 +16,11 @@ class Centralised(FedAvg):
     """
 
     name: ClassVar[str] = "centralised"
+    alone: ClassVar[str] = "it pools the data, and there are no replies"
     inner: ClassVar[Inner | None] = None
     max_depth: ClassVar[int | None] = 1
     pools: ClassVar[bool] = True
+    averages: ClassVar[bool] = False
 
     def check(self, setup: Setup, depth: int) -> None:
         """Refuse running statistics that would stay where the data are pooled."""

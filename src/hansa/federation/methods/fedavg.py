@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from hansa.federation.aggregation import WeightedMean, add_metrics
-from hansa.federation.message import Message, State, Tensors
+from hansa.federation.aggregation import add_metrics, check_weight, flattened, regrouped
+from hansa.federation.message import Message, MessageError, State, Tensors
 from hansa.federation.methods.base import Inner, Method, Work, begin_work, training_metrics
 from hansa.federation.node import Child, Node, Reply, Setup
 
@@ -25,6 +25,8 @@ class FedAvg(Method):
 
     name: ClassVar[str] = "fedavg"
     inner: ClassVar[Inner | None] = "beside"
+    averages: ClassVar[bool] = True
+    alone: ClassVar[str] = ""
     weighting: Literal["samples", "uniform"] = "samples"
     """A client's weight in the mean: its number of training samples, or one."""
 
@@ -93,22 +95,30 @@ class FedAvg(Method):
         down = Message(_pick(state.groups, self.shared(node.setup)))
         return ((child.path, down) for child in children)
 
+    def fits(self, node: Node, state: State, child: Child, reply: Message) -> None:
+        """Refuse a reply without the whole shared part, or without a weight."""
+        for group, like in self.shared(node.setup).items():
+            reply.require(group, like)
+        check_number(reply, "weight")
+
+    def unchanged(self, node: Node, state: State) -> Groups:
+        """Return the shared part of the model as the children were sent it."""
+        return _pick(state.groups, self.shared(node.setup))
+
     def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
-        """Return the weighted mean of the replies; the model as it was when none came."""
+        """Return the mean of the replies, weighted or robust; the model as it was if none came."""
         shared = self.shared(node.setup)
-        means = {group: WeightedMean() for group in shared}
+        mean = node.setup.mean(flattened(self.unchanged(node, state)))
         weight = 0.0
         metrics: dict[str, tuple[float, float]] = {}
         for reply in replies:
             weight += reply.message.number("weight")
-            for group, mean in means.items():
-                mean.add(
-                    reply.message.require(group, shared[group]), reply.message.number("weight")
-                )
+            held = {group: reply.message.require(group, like) for group, like in shared.items()}
+            mean.add(flattened(held), reply.message.number("weight"))
             add_metrics(metrics, reply.message.metrics)
         if not weight:
             return State(state.groups, {"weight": 0})
-        groups = {group: mean.result() for group, mean in means.items()}
+        groups: Groups = regrouped(mean.result(), shared)
         if node.samples:  # what is personal stays with whoever trains it
             groups = {group: {**state.group(group), **mean} for group, mean in groups.items()}
         return State(groups, {"weight": weight}, metrics)
@@ -117,6 +127,20 @@ class FedAvg(Method):
         """Return the mean, with the weight and the metrics of all that lies below."""
         groups = _pick(state.groups, self.shared(node.setup))
         return Message(groups, {"weight": state.number("weight")}, state.metrics)
+
+
+def check_number(reply: Message, name: str) -> None:
+    """Refuse a reply without a weight of some name that a mean can take.
+
+    Raises:
+        MessageError: there is none, or it is negative.
+    """
+    try:
+        check_weight(reply.number(name))
+    except MessageError:
+        raise
+    except ValueError as error:
+        raise MessageError(f"{name} is {reply.number(name)}: {error}") from error
 
 
 def _pick(groups: Groups, like: Groups) -> Groups:

@@ -12,10 +12,20 @@ from typing import ClassVar, Literal
 
 import torch
 
-from hansa.federation.aggregation import MaskedMean, add_metrics
+from hansa.errors import InputError
+from hansa.federation.aggregation import add_metrics, flattened, regrouped
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Method, Scored, Work, training_metrics
-from hansa.federation.methods.masks import Masks, filled, flipped, flips, pack, unpack
+from hansa.federation.methods.fedavg import check_number
+from hansa.federation.methods.masks import (
+    Masks,
+    check_rows,
+    filled,
+    flipped,
+    flips,
+    pack,
+    unpack,
+)
 from hansa.federation.node import Child, Node, Reply, Setup
 
 
@@ -27,8 +37,19 @@ class MaskedSharing(Method):
     scored: ClassVar[Scored] = "trained"
     max_depth: ClassVar[int | None] = 1
     masked: ClassVar[bool] = True
+    averages: ClassVar[bool] = True
+    alone: ClassVar[str] = (
+        "each reply counts where its client's mask says, and the mask is part of it"
+    )
     mask_is: ClassVar[str] = "personal"
     """What a masked entry is called in figures."""
+
+    def check(self, setup: Setup, depth: int) -> None:
+        """Refuse attackers that would have to compare replies of unlike shape."""
+        super().check(setup, depth)
+        if setup.attack is not None and setup.attack.colludes:
+            found = f"{setup.attack.kind!r} with method {self.name!r}, whose replies differ in form"
+            raise InputError("attackers.kind", found, "sign_flip, noise or label_flip")
 
     def first_mask(self, setup: Setup) -> Masks:
         """Return the mask that a client begins with: everything is shared."""
@@ -125,6 +146,17 @@ class MaskedSharing(Method):
         given = self.next(node.setup, link) if link else self.newcomer_mask(node, state)
         return flipped(given, reply, "changed")
 
+    def fits(self, node: Node, state: State, child: Child, reply: Message) -> None:
+        """Refuse a reply whose rows are not as long as its masks ask for, or without a weight."""
+        setup = node.setup
+        used = self._heard(node, state, child.link, reply)
+        flipped(used, reply, "promoted")
+        check_rows(reply.group("model"), used, setup.task.params)
+        over = buffer_masks(setup, used)
+        check_rows(reply.group("buffers"), over, setup.shared_buffers, "buffers")
+        if self.weighting == "samples":
+            check_number(reply, "weight")
+
     def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
         """Return, entry by entry, the mean over the clients that share it.
 
@@ -134,7 +166,8 @@ class MaskedSharing(Method):
         setup = node.setup
         like = state.require("model", setup.task.params)
         last = state.require("buffers", setup.shared_buffers)
-        mean, statistics = MaskedMean(like), MaskedMean(last)
+        common = {"model": like, "buffers": last}
+        mean = setup.masked_mean(flattened(common))
         votes = {n: torch.zeros(t.shape, dtype=torch.int32) for n, t in like.items()}
         votes |= {name: count.clone() for name, count in state.group("votes").items()}
         known = int(state.scalars.get("known", 0))
@@ -147,20 +180,24 @@ class MaskedSharing(Method):
             used = self._heard(node, state, reply.link, message)
             following = flipped(used, message, "promoted")
             over = buffer_masks(setup, used)
-            mean.add(unpack(message.group("model"), used, like), used, weight)
-            rows = unpack(message.group("buffers"), over, setup.shared_buffers, "buffers")
-            statistics.add(rows, over, weight)
+            dense = {
+                "model": unpack(message.group("model"), used, like),
+                "buffers": unpack(message.group("buffers"), over, last, "buffers"),
+            }
+            masks = {"model": used, "buffers": over}
+            mean.add(flattened(dense), flattened(masks), weight)
             before = self.next(setup, reply.link) if reply.link else filled(like)
             known += not reply.link
             for name, count in votes.items():
                 count += following[name].int() - before[name].int()
             add_metrics(metrics, message.metrics)
-        sent = mean.sent()
+        sent = regrouped(mean.sent(), common)["model"]
         age = {n: torch.where(sent[n], 0, count + 1) for n, count in state.group("age").items()}
         vacant = {name: self.vacant(tensor) for name, tensor in like.items()}
+        made = regrouped(mean.result(flattened({"model": vacant, "buffers": last})), common)
         groups = {
-            "model": mean.result(vacant) if heard else like,
-            "buffers": statistics.result(last),
+            "model": made["model"] if heard else like,
+            "buffers": made["buffers"],
             "age": age,
             "votes": votes,
         }

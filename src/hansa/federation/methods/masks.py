@@ -109,19 +109,29 @@ def unpack(
         MessageError: a row has another length or dtype than the mask and the model ask for, a
             row is missing, or one belongs to no tensor of the model.
     """
-    _check_names(rows, like, group)
+    check_rows(rows, mask, like, group)
     dense = {}
     for name, template in like.items():
-        shared = ~mask[name]
-        count = int(shared.sum())
+        dense[name] = torch.zeros_like(template)
+        if name in rows:
+            dense[name][~mask[name]] = rows[name]
+    return dense
+
+
+def check_rows(rows: Tensors, mask: Tensors, like: Tensors, group: str = "model") -> None:
+    """Refuse rows that ``unpack`` could not take.
+
+    Raises:
+        MessageError: see ``unpack``.
+    """
+    _check_names(rows, like, group)
+    for name, template in like.items():
+        count = int((~mask[name]).sum())
         row = rows.get(name, template.new_zeros(0))
         if row.dtype != template.dtype or row.shape != (count,):
             raise MessageError(
                 f"{group}/{name} is {row.dtype} {tuple(row.shape)}, not {template.dtype} ({count},)"
             )
-        dense[name] = torch.zeros_like(template)
-        dense[name][shared] = row
-    return dense
 
 
 def _check_names(tensors: Tensors, like: Tensors, group: str) -> None:

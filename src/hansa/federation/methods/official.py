@@ -1,7 +1,7 @@
 """What the released code of FedSelect does otherwise than the method, each under a name.
 
 The code is lapisrocks/fedselect, commit 0949f8a. A quirk changes numbers; what in that code only
-crashes, misreports or deals data oddly is listed in ``docs/methods.md`` and not reproduced.
+crashes, misreports or deals data oddly is listed in ``docs/fedselect.md`` and not reproduced.
 """
 
 from typing import Literal, get_args

@@ -11,7 +11,6 @@ import torch
 from pydantic import Field
 
 from hansa.errors import InputError
-from hansa.federation.aggregation import WeightedMean
 from hansa.federation.message import Message, State
 from hansa.federation.methods.base import Inner, Work, train_step
 from hansa.federation.methods.fedavg import FedAvg
@@ -23,6 +22,7 @@ class Scaffold(FedAvg):
     """FedAvg whose local steps follow gradient - c_k + c, at twice the bytes."""
 
     name: ClassVar[str] = "scaffold"
+    alone: ClassVar[str] = "a reply holds a control variate beside the model"
     inner: ClassVar[Inner | None] = None
     server_lr: float = Field(1.0, gt=0, allow_inf_nan=False, strict=True)
     """Step eta_g of the common model along the mean of the clients' changes."""
@@ -87,9 +87,16 @@ class Scaffold(FedAvg):
         for path, down in super().dispatch(node, state, children):
             yield path, Message({**down.groups, "control": state.group("control")})
 
+    def fits(self, node: Node, state: State, child: Child, reply: Message) -> None:
+        """Refuse a reply without a whole model, a weight and the variate's change."""
+        super().fits(node, state, child, reply)
+        reply.require("control", state.group("control"))
+
     def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
         """Return model and control variate after their steps; the latter over all children."""
-        changes = WeightedMean()
+        changes = node.setup.mean(
+            {n: torch.zeros_like(c) for n, c in state.group("control").items()}
+        )
         num = 0
 
         def watched() -> Iterator[Reply]:

@@ -30,6 +30,7 @@ class SparseTraining(FedAvg):
     """FedAvg of a model whose convolutions and linear layers train sparsely."""
 
     inner: ClassVar[Inner | None] = None
+    alone: ClassVar[str] = "its replies are sparse, and whatever hides them makes them dense"
     sparse: tuple[str, ...] | None = None
     """Patterns of the names of layers that train sparsely; by default as in the method's paper."""
     refresh: int = Field(10, ge=1, strict=True)

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, model_validator
 
 from hansa.errors import InputError
-from hansa.federation.aggregation import WeightedMean, add_metrics
+from hansa.federation.aggregation import add_metrics, flattened, regrouped
 from hansa.federation.attention import (
     Attention,
     Blocks,
@@ -46,6 +46,7 @@ from hansa.federation.methods.base import (
     begin_work,
     training_metrics,
 )
+from hansa.federation.methods.fedavg import check_number
 from hansa.federation.methods.residuals import (
     Residual,
     cut,
@@ -67,7 +68,9 @@ class WorldLM(Method):
     """Backbone averaged, key blocks personal and mixed by attention, residuals across branches."""
 
     name: ClassVar[str] = "worldlm"
+    alone: ClassVar[str] = "its attention looks at the key blocks of each child"
     scored: ClassVar[Scored] = "trained"
+    averages: ClassVar[bool] = True
     keys: int | tuple[str, ...] = 1
     """The key blocks: so many of the last transformer blocks, or their names."""
     score: Score = "cosine"
@@ -131,6 +134,12 @@ class WorldLM(Method):
         """
         super().check(setup, depth)
         found = self._found(setup)
+        if setup.robust is not None and self.share_keys and self.keys:
+            raise InputError(
+                "robust",
+                "a rule with key blocks that are mixed by attention, which no rule covers",
+                "method.share_keys = false, or method.keys = 0",
+            )
         if isinstance(self.keys, int):
             if not 0 <= self.keys <= len(found):
                 raise InputError("method.keys", self.keys, f"0 to {len(found)} blocks")
@@ -300,6 +309,25 @@ class WorldLM(Method):
         keys = reply.group("keys")
         return State({"keys": keys}) if keys and self.residuals else State()
 
+    def fits(self, node: Node, state: State, child: Child, reply: Message) -> None:
+        """Refuse a reply without whole backbone, key blocks or weight, or with odd residuals."""
+        key_blocks, model = self.blocks(node.setup), state.group("model")
+        names = _names(key_blocks)
+        reply.require("model", {n: p for n, p in model.items() if n not in names})
+        reply.require("buffers", node.setup.shared_buffers)
+        check_number(reply, "weight")
+        if self.share_keys and names:
+            reply.require("keys", {n: p for n, p in model.items() if n in names})
+            unpack(reply, key_blocks, node.setup.task.params)
+
+    def unchanged(self, node: Node, state: State) -> Mapping[str, Tensors]:
+        """Return backbone and buffers as the children were sent them."""
+        names, held = _names(self.blocks(node.setup)), state.group("buffers")
+        return {
+            "model": {n: p for n, p in state.group("model").items() if n not in names},
+            "buffers": {name: held[name] for name in node.setup.shared_buffers},
+        }
+
     def aggregate(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
         """Return the backbones' mean after the server's step, key blocks by attention, residuals.
 
@@ -313,7 +341,7 @@ class WorldLM(Method):
             "buffers": setup.shared_buffers,
         }
         own_keys = {n: p for n, p in model.items() if n in names}
-        means = {group: WeightedMean() for group in like}
+        mean = setup.mean(flattened(self.unchanged(node, state)))
         weight, metrics = 0.0, dict[str, tuple[float, float]]()
         bank: dict[str, Tensors] = {}
         offered: list[Residual] = []
@@ -321,8 +349,8 @@ class WorldLM(Method):
         for reply in replies:
             message = reply.message
             weight += message.number("weight")
-            for group, mean in means.items():
-                mean.add(message.require(group, like[group]), message.number("weight"))
+            sent = {group: message.require(group, tensors) for group, tensors in like.items()}
+            mean.add(flattened(sent), message.number("weight"))
             add_metrics(metrics, message.metrics)
             if self.share_keys and own_keys:
                 keys = message.require("keys", own_keys)
@@ -336,7 +364,7 @@ class WorldLM(Method):
         notes = {} if node.path == ROOT else _notes(state)
         held = [r for r in unpack(state, key_blocks, setup.task.params) if not r.upward]
         still = [r.moved() for r in held if r.id not in took]
-        results = {g: mean.result() if weight else like[g] for g, mean in means.items()}
+        results = regrouped(mean.result(), like) if weight else like
         backbone, moments = dict(like["model"]), moments_of(state)
         if weight:
             backbone, moments = self.server.step(backbone, results["model"], moments)

@@ -20,11 +20,11 @@ import torch
 from pydantic import Field, model_validator
 
 from hansa.errors import InputError
-from hansa.federation.aggregation import MaskedMean
 from hansa.federation.message import Message, State, Tensors
 from hansa.federation.methods.base import Work
+from hansa.federation.methods.fedavg import Groups
 from hansa.federation.methods.swat import Swat, largest
-from hansa.federation.node import Node, Reply, Setup
+from hansa.federation.node import Child, Node, Reply, Setup
 from hansa.federation.tree import ROOT
 from hansa.sparse.thresholds import keep, threshold
 
@@ -81,11 +81,27 @@ class ZeroFL(Swat):
             return torch.where(keep(ended, threshold(ended, dropped)), sent, 0.0)
         return largest(sent, dropped)
 
+    def fits(self, node: Node, state: State, child: Child, reply: Message) -> None:
+        """Refuse a reply without the whole model, packed as it is sent, or without a weight."""
+        super().fits(node, state, child, self._unpacked(node.setup, reply))
+
+    def unchanged(self, node: Node, state: State) -> Groups:
+        """Return the model as it was sent, and zeros where a reply holds changes."""
+        groups = super().unchanged(node, state)
+        if not self.sends_change:
+            return groups
+        model = groups["model"]
+        zeros = {name: torch.zeros_like(model[name]) for name in self.weights(node.setup)}
+        return {**groups, "model": {**model, **zeros}}
+
     def merge(self, node: Node, state: State, replies: Iterable[Reply]) -> State:
         """Return the state with the mean of the replies."""
         setup, model = node.setup, state.group("model")
         like = {name: model[name] for name in self.weights(setup)}
-        counted = MaskedMean(like) if self.aggregation == "counts" else None
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
+        counted = None
+        if self.aggregation == "counts":
+            counted = setup.masked_mean(zeros if self.sends_change else like)
 
         def whole() -> Iterator[Reply]:
             for reply in replies:
@@ -101,7 +117,6 @@ class ZeroFL(Swat):
             return after
         mean = {name: after.group("model")[name] for name in like}
         if counted is not None:
-            zeros = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
             mean = counted.result(zeros if self.sends_change else like)
         groups = dict(after.groups)
         if self.sends_change and node.path != ROOT:

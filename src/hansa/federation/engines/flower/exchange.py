@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["hello", "train", "score", "end"]
 Status = Literal["ok", "diverged", "refused"]
+MOST_ROUNDS = 1 << 63
+"""What tables and names of files can hold."""
 VERSION = 1
 """Of requests and answers; both sides must have the same."""
 
@@ -155,10 +157,12 @@ def letter(kind: type[Letter], text: str, body: bytes) -> Letter:
 
 def _check(made: Request | Answer) -> None:
     """Refuse values of other kinds than the fields'; they come from another machine."""
-    common = isinstance(made.path, str) and type(made.round) is int and made.round >= 0
+    common = isinstance(made.path, str) and type(made.round) is int
+    common = common and 0 <= made.round < MOST_ROUNDS
     if isinstance(made, Request):
         fits = made.kind in get_args(Kind) and isinstance(made.run, str)
-        fits = fits and type(made.known) is int
+        fits = fits and type(made.known) is int and 0 <= made.known < MOST_ROUNDS
+        f"{made.path}{made.run}".encode()  # or it has no digest
     else:
         fits = made.status in get_args(Status) and isinstance(made.error, str)
         fits = fits and all(_is_metric(pair) for pair in made.metrics.values())

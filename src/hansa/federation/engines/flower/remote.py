@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
-import torch
-
 from hansa.errors import InputError, first_line
-from hansa.federation.engines.engine import SPENT_BUDGET, Asked, Engine, Visit
+from hansa.federation.engines.engine import SPENT_BUDGET, Asked, Engine, Visit, trained
 from hansa.federation.engines.flower.exchange import (
     Answer,
     Kind,
@@ -22,7 +20,7 @@ from hansa.federation.engines.flower.exchange import (
 )
 from hansa.federation.engines.flower.site import decoded, encoded, scores_of
 from hansa.federation.leaf import DivergedError, Scores
-from hansa.federation.message import Message, MessageError, State
+from hansa.federation.message import Message, State, check_finite
 from hansa.federation.methods.base import Method
 from hansa.federation.node import Child, Node, Reply, Setup
 from hansa.federation.participation import Fate, Participation
@@ -214,7 +212,7 @@ class RemoteEngine(Engine):
                     up, metrics, told = len(encoded(reply)), own.metrics, own.error
                 else:
                     answer = self._answer(ask, ticket, sent.until)
-                    reply, metrics = self._sound(sent, ask, answer.body), answer.metrics
+                    reply, metrics = self._sound(sent, ask, answer), answer.metrics
                     up, known[ask.path] = len(answer.body), ask.round
                     told = SPENT_BUDGET if "spent" in metrics else ""
             except LostError as error:
@@ -249,24 +247,25 @@ class RemoteEngine(Engine):
             raise LostError("failed", answer.error)
         return answer
 
-    def _sound(self, sent: _Sent, ask: Asked, body: bytes) -> Message:
+    def _sound(self, sent: _Sent, ask: Asked, answer: Answer) -> Message:
         """Return a reply that can be merged.
 
         Raises:
             LostError: it cannot.
         """
         try:
-            reply = decoded(body, _LARGEST * self._model_bytes + _SMALL)
+            reply = decoded(answer.body, _LARGEST * self._model_bytes + _SMALL)
+            metrics = {n: p for n, p in answer.metrics.items() if n not in trained(answer.metrics)}
+            self.check_reply(sent.node, sent.state, ask.path, reply, metrics)
             if not reply:
                 return reply
-            _check_finite(reply)
             # Merged alone, on trial: what a method makes of a reply, only the method can tell.
             link = self.store.get(link_key(sent.node.path, ask.path))
             self.method.remember(sent.node, sent.state, Child(ask.path, link), reply)
             alone = self.method.aggregate(sent.node, sent.state, [Reply(ask.path, link, reply)])
-            _check_finite(alone)
+            check_finite(alone)
         except Exception as error:  # bytes from another machine may break a method anywhere
-            raise LostError("failed", f"a reply of no use: {first_line(error)}") from error
+            raise LostError("excluded", f"a reply of no use: {first_line(error)}") from error
         return reply
 
     @property
@@ -292,21 +291,6 @@ class _Encoder:
         if message is not self._last[0]:
             self._last = message, encoded(message)
         return self._last[1]
-
-
-def _check_finite(reply: Message) -> None:
-    """Refuse a reply in which something is no number.
-
-    Raises:
-        MessageError: a tensor or scalar is infinite or NaN.
-    """
-    for group, tensors in reply.groups.items():
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise MessageError(f"{group}/{name} is not finite")
-    for name, value in reply.scalars.items():
-        if isinstance(value, float) and not torch.tensor(value).isfinite():
-            raise MessageError(f"{name} is {value}")
 
 
 def _known_key(path: str) -> str:

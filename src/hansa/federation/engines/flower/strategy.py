@@ -28,6 +28,7 @@ from hansa.federation.methods.base import Method
 from hansa.federation.node import Buffers, Setup
 from hansa.federation.optimizer import Training
 from hansa.federation.participation import Participation
+from hansa.federation.robust import Robust
 from hansa.federation.tree import ROOT, Tree, name_of
 from hansa.models.task import Task
 
@@ -50,6 +51,7 @@ class HansaStrategy(Strategy):
         buffers: what becomes of running statistics.
         min_nodes: nodes that must be connected before the first round.
         wait: seconds they have to connect.
+        robust: the rule by which replies are merged; the weighted mean where it is not set.
     """
 
     def __init__(
@@ -63,11 +65,18 @@ class HansaStrategy(Strategy):
         buffers: Buffers = "averaged",
         min_nodes: int = 2,
         wait: float = 120.0,
+        robust: Robust | None = None,
     ) -> None:
         self.method, self.task = method, task
         training = training or Training()
-        self.setup = Setup(method.adapted(task, training), training, buffers, seed)
+        adapted = method.adapted(task, training)
+        self.setup = Setup(adapted, training, buffers, seed, robust=robust)
         method.check(self.setup, 1)
+        if robust is not None:
+            asked = (participation or Participation()).choose(
+                [str(k) for k in range(min_nodes)], 0, ROOT, 1
+            )
+            robust.check(len(asked), ROOT)
         self._participation, self._min_nodes, self._wait = participation, min_nodes, wait
         self._engine: RemoteEngine | None = None
 

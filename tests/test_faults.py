@@ -1,0 +1,124 @@
+"""What a machine may do to a run beside killing it: a full disk, a clock that jumps.
+
+Late and repeated answers, old requests that come again, and kills of every part are in
+``federation/engines/test_remote.py`` and ``deploy/``; ``benchmarks/faults.py`` kills at random.
+"""
+
+import errno
+import os
+import threading
+import time
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import hansa.files
+from hansa.bundle import read_bundle
+from hansa.cli import app
+from hansa.config import load
+from hansa.deploy import mailbox
+from hansa.deploy.mailbox import Mailbox
+from hansa.errors import InputError
+from hansa.federation.engines.flower.exchange import Answer, Request
+from hansa.runs import Run
+from hansa.training import completed, train
+
+CONFIG: dict[str, Any] = {
+    "name": "faulty",
+    "rounds": 4,
+    "data": {"clients": 3, "train_per_class": 3, "partition": {"kind": "shards", "classes": 4}},
+    "training": {"lr": 0.1},
+    "method": {"name": "fedper"},
+    "engine": {"kind": "sequential", "workers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, bytes], int]:
+    """An undisturbed run: its bundle's digest, its states, and how many files it synced."""
+    syncs = count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hansa.files.os, "fsync", lambda handle: next(syncs))
+        run = train({**CONFIG, "output": str(tmp_path_factory.mktemp("whole"))})
+    return read_bundle(run.path / "bundle").digest, states(run), next(syncs)
+
+
+def states(run: Run) -> dict[str, bytes]:
+    """Return the files that hold the run's states."""
+    found = (run.path / "states").rglob("*")
+    return {path.name: path.read_bytes() for path in found if path.is_file()}
+
+
+@pytest.mark.parametrize("part", range(12))
+def test_a_disk_that_is_full_for_a_while_costs_no_state(
+    part: int, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, expected, num = whole
+    config = load({**CONFIG, "output": str(tmp_path)})
+    syncs = count()
+    room = part * num // 12
+
+    def fsync(handle: int) -> None:
+        if next(syncs) >= room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hansa.files.os, "fsync", fsync)
+        with pytest.raises((OSError, InputError), match="No space left"):
+            completed(config)
+    path = completed(config)
+    assert read_bundle(path / "bundle").digest == digest
+    assert states(Run(path)) == expected
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("rounds = 1\n[data]\nclients = 2\n")
+    # Not by permissions, which do not hold for root: nobody makes folders there.
+    done = CliRunner().invoke(
+        app, ["train", str(tmp_path / "config.toml"), "--set", "output=/proc/none"]
+    )
+    assert isinstance(done.exception, InputError)
+    assert "output: found /proc/none" in str(done.exception)
+
+
+@pytest.mark.parametrize("jump", [-4e8, 4e8])
+def test_a_clock_that_jumps_changes_no_number(
+    jump: float, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, calls = time.time, count()
+    monkeypatch.setattr(time, "time", lambda: now() + jump * (next(calls) % 2))
+    run = train({**CONFIG, "output": str(tmp_path)})
+    assert read_bundle(run.path / "bundle").digest == whole[0]
+    assert states(run) == whole[1]
+
+
+@pytest.mark.parametrize("jump", [-1e6, 1e6])
+def test_an_answer_reaches_whoever_asked_though_the_clock_jumps(
+    jump: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time
+    monkeypatch.setattr(mailbox.time, "time", lambda: now() + jump)
+    box = Mailbox(tmp_path)
+    stop = threading.Event()
+
+    def work() -> None:
+        for request in box.requests():
+            if request is not None:
+                box.reply(request, Answer(request.path, request.round))
+            if stop.is_set():
+                return
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for number in range(1, 4):
+            request = Request("train", "1", "root/a", number)
+            answer = box.ask(request, 30.0)
+            assert answer is not None
+            assert answer.round == number
+    finally:
+        stop.set()
+        thread.join()
