@@ -9,12 +9,16 @@ import pytest
 
 import hansa
 from browser import tab
+from hansa.auditing import audit
 from hansa.compare import compare
 from hansa.config import load
 from hansa.federation.engines.engine import RoundResult, Visit
 from hansa.prune import prune
+from hansa.redteam import redteam
 from hansa.report import report
+from hansa.report.curation import report as curation
 from hansa.runs import Run
+from hansa.safeguarding import safeguard
 from hansa.searching import search
 from support import config
 
@@ -93,6 +97,51 @@ def searched(folder: Path) -> Path:
     return search({"name": "s", "output": str(folder), "budget": 6, "train": False}).report
 
 
+def curated(folder: Path) -> Path:
+    """A page of numbers that are written down where its content is tested."""
+    from report import test_curation_report as numbers
+
+    found, holders = numbers.summary(labelled=True), numbers.holders(labelled=True)
+    return curation(folder / "report.html", numbers.config(), found, holders)
+
+
+def audited(folder: Path) -> Path:
+    values = {"name": "a", "output": str(folder), "cases": 6, "strengths": [0.5, 1.0]}
+    defences = ["none", "delimiting", "schema", "cross-field", "allow-list", "history"]
+    return audit({**values, "defences": defences, "target": {"kind": "trusting"}}).report
+
+
+def small_safeguard(folder: Path) -> dict[str, Any]:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    batches = {"batch_size": 4, "attack_batch_size": 4}
+    return {
+        "name": "s",
+        "output": str(folder),
+        "model": {"options": {**sizes, "num_attention_heads": 2}},
+        "data": {"kind": "world", "entities": 16, "relations": 2, "values": 4},
+        "phases": [
+            {"kind": "pretrain", "steps": 4},
+            {"kind": "random_mapping", "steps": 2},
+            {"kind": "tar", "steps": 4, "inner_steps": 4, **batches},
+        ],
+        "redteam": {
+            "seeds": [0],
+            "probes": [2],
+            "attacks": [{"name": "full", "lrs": [1e-3], "steps": 4, "batch": 8}],
+            "edits": [{"name": "int4", "kind": "quantise", "amount": 4}],
+        },
+    }
+
+
+def safeguarded(folder: Path) -> Path:
+    return safeguard(small_safeguard(folder)).report
+
+
+def attacked(folder: Path) -> Path:
+    safeguarded(folder)
+    return redteam(small_safeguard(folder)).report
+
+
 KINDS: dict[str, Callable[[Path], Path]] = {
     "run": run,
     "run with masks": lambda folder: run(folder, method={"name": "fedselect", "rate": 0.2}),
@@ -101,6 +150,10 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "compare": several,
     "prune": pruned,
     "search": searched,
+    "curate": curated,
+    "audit": audited,
+    "safeguard": safeguarded,
+    "redteam": attacked,
 }
 
 

@@ -1,8 +1,14 @@
+import fcntl
 import http.client
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -10,6 +16,7 @@ from hansa.errors import InputError
 from hansa.runs import is_locked, locked
 from hansa.ui import Server
 from hansa.ui.shelf import Shelf
+from hansa.ui.views import Views
 from serving import serving
 
 
@@ -202,3 +209,44 @@ def test_no_folder_and_no_port_are_refused(tmp_path: Path, shelf: Path) -> None:
             Server(folder, 0)
     with Server(shelf, 0) as first, pytest.raises(InputError, match="--port"):
         Server(shelf, first.server_port)
+
+
+def test_who_looks_keeps_nobody_out(shelf: Path) -> None:
+    folder = shelf / "third-seed0"
+    with locked(folder):
+        pass
+    with (folder / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as one does that looks, at the very moment
+        timer = threading.Timer(0.02, fcntl.flock, (file, fcntl.LOCK_UN))
+        timer.start()
+        with locked(folder):
+            assert is_locked(folder)
+        timer.join()
+
+
+def test_what_has_not_changed_is_not_drawn_again(shelf: Path) -> None:
+    views = Views(Shelf(shelf))
+    first = views.run("one-seed0")
+    assert views.run("one-seed0")["plots"] is first["plots"]
+    assert views.compare(["one-seed0", "two-seed0"])["plots"] is not first["plots"]
+
+
+def test_the_command_serves_until_it_is_ended(shelf: Path) -> None:
+    command = [sys.executable, "-m", "hansa.cli", "ui", str(shelf), "--port", "0", "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = process.stdout.readline().split(" ")[0]
+            connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
+            connection.request("GET", "/api/runs")
+            assert len(json.loads(connection.getresponse().read())["runs"]) == 5
+            connection.close()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+    none = subprocess.run(
+        [*command[:4], str(shelf / "none")], capture_output=True, text=True, check=False
+    )
+    assert none.returncode == 2
+    assert "no folder" in none.stderr
+    assert len(none.stderr.splitlines()) == 1

@@ -1,13 +1,22 @@
 """What requests are answered with: JSON values about the entries of a shelf."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from hansa.errors import InputError
 from hansa.report.pipeline import read
+from hansa.runs import Run
 from hansa.ui.shelf import Entry, Shelf
-from hansa.ui.watched import MAX_COMPARED, Watched, differences, labels, plots, summaries
+from hansa.ui.watched import (
+    MAX_COMPARED,
+    MAX_KEPT,
+    Watched,
+    differences,
+    labels,
+    plots,
+    summaries,
+)
 
 _LARGEST = 200_000
 """Bytes of a configuration that are shown."""
@@ -18,6 +27,7 @@ class Views:
 
     def __init__(self, shelf: Shelf) -> None:
         self.shelf, self._watched = shelf, Watched()
+        self._made: dict[tuple[str, ...], tuple[list[Run], dict[str, Any]]] = {}
 
     def runs(self) -> dict[str, Any]:
         """Return all entries."""
@@ -38,10 +48,7 @@ class Views:
             told["config"] = config.read_bytes()[:_LARGEST].decode(errors="replace")
         try:
             if entry.kind == "train":
-                run = self._watched.open(folder)
-                if run.history.num_rounds:
-                    told["plots"] = plots({entry.name: run})
-                    told["tables"] = [summaries({entry.name: run})]
+                told |= self._measured({entry.name: self._watched.open(folder)}, [path])
             elif entry.kind == "pipeline":
                 told["tables"] = [self._stages(entry)]
         except InputError as error:
@@ -62,15 +69,23 @@ class Views:
             if self.shelf.entry(path).kind != "train":
                 raise InputError(path, "no training run", "training runs")
             runs[label] = self._watched.open(self.shelf.find(path))
+        told = self._measured(runs, chosen)
+        different = differences({label: run.config for label, run in runs.items()})
+        entries = [asdict(self.shelf.entry(path)) for path in chosen]
+        return {**told, "runs": entries, "tables": [*told["tables"], different]}
+
+    def _measured(self, runs: Mapping[str, Run], paths: Sequence[str]) -> dict[str, Any]:
+        """Return plots and a table of what runs have measured; made again where that changed."""
+        key, opened = tuple(paths), list(runs.values())
+        held = self._made.get(key)
+        if held is not None and all(a is b for a, b in zip(held[0], opened, strict=True)):
+            return held[1]
         measured = {label: run for label, run in runs.items() if run.history.num_rounds}
-        return {
-            "runs": [asdict(self.shelf.entry(path)) for path in chosen],
-            "plots": plots(measured),
-            "tables": [
-                summaries(measured),
-                differences({label: run.config for label, run in runs.items()}),
-            ],
-        }
+        made = {"plots": plots(measured), "tables": [summaries(measured)] if measured else []}
+        if len(self._made) >= MAX_KEPT:
+            self._made.clear()
+        self._made[key] = opened, made
+        return made
 
     def _stages(self, entry: Entry) -> dict[str, Any]:
         """Return a table of a pipeline's stages, whose first cells name their entries."""
