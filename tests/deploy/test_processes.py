@@ -251,11 +251,11 @@ def test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults(
     ledger = Run(run.path).history.table("ledger").to_pylist()
     fates = {(row["round"], row["node"][-1]): row["fate"] for row in ledger}
     assert {fates[number, k] for number in (1, 2, 3) for k in "012"} == {"ok"}
-    assert [fates[4, k] for k in "012"] == ["late", "failed", "late"]
-    (error,) = (row["error"] for row in ledger if row["fate"] == "failed")
+    assert [fates[4, k] for k in "012"] == ["late", "excluded", "late"]
+    (error,) = (row["error"] for row in ledger if row["fate"] == "excluded")
     assert "no use" in error
     log = (run.path / "log.txt").read_text()
-    for what in ("client-0: late", "client-1: failed", "client-2: late"):
+    for what in ("client-0: late", "client-1: excluded", "client-2: late"):
         assert what in log
     assert "started again" in (place / "client-2" / "logs" / "party.log").read_text()
 
