@@ -16,6 +16,7 @@ from hansa.auditing import load as load_audit
 from hansa.config import load
 from hansa.curation.options import CurationOptions, Guard, ThresholdOptions, WarmUp
 from hansa.curation.scores import SCORES
+from hansa.data.answers import AnswerOptions
 from hansa.data.corruption import Corruption
 from hansa.federation.attackers import Attackers, Kind
 from hansa.federation.methods import METHODS
@@ -201,12 +202,14 @@ def test_the_guide_to_safeguards_names_what_there_is() -> None:
     text = (ROOT / "docs" / "safeguard.md").read_text()
     named = set(re.findall(r"^\| `([a-z_]+)` \|", text, re.MULTILINE))
     assert named == {get_args(kind.model_fields["kind"].annotation)[0] for kind in PHASES}
-    configuration, clients = blocks(ROOT / "docs" / "safeguard.md", "toml")
+    configuration, answers, clients = blocks(ROOT / "docs" / "safeguard.md", "toml")
     values = tomllib.loads(configuration)
     config = load_safeguard(values)
     assert [phase.kind for phase in config.chain] == ["random_mapping", "tar"]
     both = {**values, "data": {**values["data"], **tomllib.loads(clients)["data"]}}
     assert set(load_safeguard(both).data.clients) == {"hospital", "laboratory"}
+    asked = load_safeguard({**values, "data": tomllib.loads(answers)["data"]})
+    assert asked.data.answers == AnswerOptions()
     for preset in re.findall(r'preset = "?(\w+)', text):
         assert preset in PRESETS
 
