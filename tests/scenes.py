@@ -135,6 +135,7 @@ SCENES: dict[str, Scene] = {
             f"{FEDSELECT} --set method.limit=0.5 --set engine.kind=stacked --json": SMALL,
             "hansa train --resume runs/digits-fedselect-seed0": ("--set", "rounds=2"),
             "hansa report runs/digits-fedselect-seed0 runs/digits-fedselect-seed0-2": (),
+            "hansa report runs/digits-fedselect-seed0": (),
             "hansa export runs/digits-fedselect-seed0 client-3": (),
             f"{FEDSELECT} --set name=simulated --set engine.kind=sequential": SMALL,
             f"{COMPARE} --methods local,fedavg,fedselect --seeds 0,1,2": (*SMALL, "--seeds", "0"),
@@ -246,7 +247,9 @@ SCENES: dict[str, Scene] = {
 
 ELSEWHERE: dict[str, str] = {
     "hansa demo": "tests/pipeline/test_demo.py",
-    "hansa ui": "tests/ui/",
+    "hansa ui": "tests/ui/test_pages.py",
+    "hansa ui elsewhere --port 0 --no-browser": "tests/ui/test_pages.py",
+    "hansa report runs/digits-fedavg-seed0 --out page.html": "tests/test_cli.py",
     "hansa pipeline language": "tests/pipeline/test_language.py",
     f"{FEDSELECT} --engine flower": "tests/federation/engines/test_simulation.py",
     f"{FEDSELECT} --set name=on-flower --engine flower": (

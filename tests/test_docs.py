@@ -224,6 +224,8 @@ RUN_HERE = [
 ELSEWHERE = {  # those above, and the guide to methods in test_own_method.py
     *("audit.md", "curation.md", "deployment.md", "pruning.md", "search.md", "sparse.md"),
     "howto/own-method.md",
+    "bundles.md",  # handover/test_guide.py
+    "privacy.md",  # report/test_membership.py
     "audit-proxy.md",  # for Inspect: test_audit_inspect.py, where that is installed
 }
 
