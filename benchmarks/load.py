@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import free_ports
+from scaling import made
 
 CLIENTS, ROUNDS, FAILING, EARLY = 1000, 200, 0.1, 10
 
@@ -34,29 +35,12 @@ def simulated(quick: bool) -> dict[str, Any]:
 
 def one(rounds: int) -> None:
     """Run and print the figures as JSON."""
-    import numpy as np
-    import torch
-
     from hansa import Federation, Participation, Training
-    from hansa.data.clients import Client
     from hansa.federation.methods import FedPer
     from hansa.federation.store import DiskStore
-    from hansa.models import Architecture, build
-    from hansa.seeding import generator
 
-    stream = generator(0, "benchmark")
-    pool = torch.randn(5000, 1, 8, 8, generator=stream)
-    labels = (pool.flatten(1) @ torch.randn(64, 10, generator=stream)).argmax(1)
-    clients = {}
-    for k in range(CLIENTS):
-        rows = (np.arange(50) + k * 7) % len(pool)
-        clients[f"c{k:04}"] = Client(
-            pool, labels, {"train": rows, "validation": rows[:0], "test": rows[:1]}
-        )
-    architecture = Architecture(name="mlp", shape=(1, 8, 8), classes=10, options={"hidden": [64]})
     federation = Federation(
-        build(architecture, 0),
-        clients,
+        *made(CLIENTS),
         FedPer(),
         Training(lr=0.05, batch_size=10),
         participation=Participation(failure_rate=FAILING),

@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import hansa
-from hansa.demo import config_of
 from hansa.report.comparison import percent
 from hansa.report.plots import size
 
@@ -43,6 +42,34 @@ PLAIN = (
     "head-mask",
 )
 CONTROLS = ("random-mask", "least-change")
+
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "local": {},
+    "fedavg": {},
+    "fedavg-tuned": {},
+    "fedselect": {"rate": 0.05, "limit": 0.3},
+}
+"""Methods with an example ``digits-METHOD.toml``, of the same configuration as here."""
+
+
+def config_of(method: str) -> dict[str, Any]:
+    """Return the configuration of one of them: ten clients with two classes of digits each."""
+    return {
+        "name": f"digits-{method}",
+        "rounds": 20,
+        "data": {
+            "source": "digits",
+            "clients": 10,
+            "validation": 0.2,
+            "test": 0.5,
+            "train_per_class": 5,
+            "partition": {"kind": "shards", "classes": 2},
+        },
+        "model": {"name": "mlp", "options": {"hidden": [64]}},
+        "training": {"lr": 0.1, "batch_size": 5, "epochs": 5},
+        "method": {"name": method, **EXAMPLES[method]},
+    }
 
 
 def grids(task: str) -> dict[str, tuple[str, list[dict[str, Any]]]]:

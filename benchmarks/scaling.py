@@ -16,26 +16,25 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from hansa.data.clients import Client
 
 COHORTS = (10, 30, 100, 300, 1000)
 REGISTERED = (100, 1000, 10_000, 100_000)
 SAMPLES, BATCH, WARM_UP, ROUNDS = 50, 10, 2, 6
 
 
-def one(registered: int, cohort: int) -> None:
-    """Print the figures of one point as JSON."""
-    from hansa import Federation, Participation, Training
+def made(registered: int) -> "tuple[torch.nn.Module, dict[str, Client]]":
+    """Return the digits model and so many clients, who share made-up images."""
     from hansa.data.clients import Client
-    from hansa.federation.methods import FedPer
-    from hansa.federation.store import DiskStore
     from hansa.models import Architecture, build
     from hansa.seeding import generator
 
-    start = time.perf_counter()
     stream = generator(0, "benchmark")
     pool = torch.randn(5000, 1, 8, 8, generator=stream)
     labels = (pool.flatten(1) @ torch.randn(64, 10, generator=stream)).argmax(1)
@@ -46,9 +45,18 @@ def one(registered: int, cohort: int) -> None:
             pool, labels, {"train": rows, "validation": rows[:0], "test": rows[:1]}
         )
     architecture = Architecture(name="mlp", shape=(1, 8, 8), classes=10, options={"hidden": [64]})
+    return build(architecture, 0), clients
+
+
+def one(registered: int, cohort: int) -> None:
+    """Print the figures of one point as JSON."""
+    from hansa import Federation, Participation, Training
+    from hansa.federation.methods import FedPer
+    from hansa.federation.store import DiskStore
+
+    start = time.perf_counter()
     federation = Federation(
-        build(architecture, 0),
-        clients,
+        *made(registered),
         FedPer(),
         Training(lr=0.05, batch_size=BATCH),
         participation=Participation(fraction=cohort / registered),

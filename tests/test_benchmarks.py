@@ -37,6 +37,12 @@ def loaded(name: str) -> ModuleType:
 personalisation = loaded("personalisation")
 
 
+def test_examples_are_what_the_benchmark_begins_with() -> None:
+    for method in personalisation.EXAMPLES:
+        example = Path(__file__).parents[1] / "examples" / f"digits-{method}.toml"
+        assert load(example) == load(personalisation.config_of(method))
+
+
 def test_every_task_of_the_personalisation_benchmark_is_valid() -> None:
     tasks = personalisation.tasks("x.parquet", "y.parquet")
     assert len(tasks) == 8

@@ -13,11 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from hansa import cli_parts, demo
+from hansa import cli_parts
 from hansa.auditing import load as load_audit
 from hansa.cli import main
 from hansa.compare import _grid
-from hansa.config import load
 from hansa.safeguard_config import load as load_safeguard
 from hansa.searching import load as load_search
 
@@ -105,11 +104,6 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path) -> None:
     assert errors == (
         "hansa: stopped; train --resume RUN, or the same compare again, goes on from here\n"
     )
-
-
-def test_examples_are_the_demo_s_configurations() -> None:
-    for method in demo.METHODS:
-        assert load(EXAMPLES / f"digits-{method}.toml") == load(demo.config_of(method))
 
 
 def test_every_example_is_a_valid_configuration() -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from hansa import cli_pipeline, cli_safeguard
 from hansa.cli_audit import app as audit_app
 from hansa.cli_bundle import app as bundle_app
-from hansa.cli_parts import Json, follow, follow_all
+from hansa.cli_parts import Json, follow
 from hansa.cli_parts import progress as _progress
 from hansa.cli_parts import told as _told
 from hansa.cli_search import app as search_app
@@ -345,12 +345,7 @@ def demo(
     from hansa.demo import demo as run_demo
 
     with _progress("") as progress, _told(progress):
-        watch = follow_all(progress)
-        made = run_demo(
-            output,
-            seed,
-            lambda stage, what, done, total: watch(f"{stage}: {what}", done, total),
-        )
+        made = run_demo(output, seed, cli_pipeline.follow_stages(progress))
     if json_:
         print(json.dumps({"pipelines": [each.summary for each in made]}))
         return

@@ -1,11 +1,13 @@
 """The command ``hansa pipeline``."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from hansa.cli_parts import Json, follow_all, progress, told
@@ -40,17 +42,17 @@ def pipeline(
             Console().print(_table(stages))
         return
     with progress("") as shown, told(shown):
-        watch = follow_all(shown)
-        made = run_pipeline(
-            config,
-            overrides=set_ or (),
-            until=until,
-            watch=lambda stage, what, done, total: watch(f"{stage}: {what}", done, total),
-        )
+        made = run_pipeline(config, overrides=set_ or (), until=until, watch=follow_stages(shown))
     if json_:
         print(json.dumps(made.summary))
         return
     show(made)
+
+
+def follow_stages(shown: Progress) -> Callable[[str, str, int, int], None]:
+    """Return what a pipeline tells how far its stages are, each thing shown on a line."""
+    watch = follow_all(shown)
+    return lambda stage, what, done, total: watch(f"{stage}: {what}", done, total)
 
 
 def show(made: Any) -> None:

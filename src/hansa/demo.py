@@ -4,7 +4,6 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hansa.pipeline import Piped, pipeline
 
@@ -25,33 +24,6 @@ SMALLER: dict[str, tuple[str, ...]] = {
     ),
 }
 """What is overridden, so that both take minutes together."""
-
-METHODS: dict[str, dict[str, Any]] = {
-    "local": {},
-    "fedavg": {},
-    "fedavg-tuned": {},
-    "fedselect": {"rate": 0.05, "limit": 0.3},
-}
-"""Methods of the small comparison that ``examples/digits-*.toml`` and a benchmark stand on."""
-
-
-def config_of(method: str) -> dict[str, Any]:
-    """Return the configuration of one of them: ten clients with two classes of digits each."""
-    return {
-        "name": f"digits-{method}",
-        "rounds": 20,
-        "data": {
-            "source": "digits",
-            "clients": 10,
-            "validation": 0.2,
-            "test": 0.5,
-            "train_per_class": 5,
-            "partition": {"kind": "shards", "classes": 2},
-        },
-        "model": {"name": "mlp", "options": {"hidden": [64]}},
-        "training": {"lr": 0.1, "batch_size": 5, "epochs": 5},
-        "method": {"name": method, **METHODS[method]},
-    }
 
 
 def demo(output: Path, seed: int = 0, watch: Watch | None = None) -> list[Piped]:

@@ -46,6 +46,7 @@ from hansa.errors import InputError
 from hansa.federation.engines.engine import RoundResult
 from hansa.federation.engines.plan import Plan
 from hansa.federation.history import SCHEMAS, History, tables_of
+from hansa.federation.privacy import Privacy
 from hansa.federation.rules import inherited
 from hansa.federation.store import DiskStore
 from hansa.federation.tree import ROOT, name_of
@@ -277,19 +278,17 @@ class Run:
         """
         found: dict[str, dict[str, Any]] = {}
         if (central := self.config.central) is not None:
-            found = {ROOT: central.model_dump(include={"unit", "noise", "delta"})}
+            found = {ROOT: _told(central)}
         elif nodes := self.config.nodes:
             rules = inherited(self.config.shape(), self.config.rules)
             found = {
-                name_of(path): held.privacy.model_dump(include={"unit", "noise", "delta"})
+                name_of(path): _told(held.privacy)
                 for path, held in rules.items()
                 if held.privacy is not None and nodes[name_of(path)].text is not None
             }
         spent = self.history.epsilons()
         if not found and (flat := self.config.privacy) is not None:
-            found = {
-                name: flat.rule.model_dump(include={"unit", "noise", "delta"}) for name in spent
-            }
+            found = dict.fromkeys(spent, _told(flat.rule))
         return {
             name: {**found.get(name, {}), "epsilon": spent.get(name), "drawn": drawn}
             for name in found | spent
@@ -416,6 +415,11 @@ def _logged(path: Path) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(before)
         handler.close()
+
+
+def _told(rule: Privacy) -> dict[str, Any]:
+    """Return what of a rule of privacy stands beside what was spent."""
+    return rule.model_dump(include={"unit", "noise", "delta"})
 
 
 def _is_round(value: object) -> bool:

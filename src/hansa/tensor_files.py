@@ -20,7 +20,7 @@ def tensors_of(data: bytes) -> dict[str, torch.Tensor]:
     """
     try:
         found: dict[str, torch.Tensor] = safetensors.torch.load(data)
-    except (SafetensorError, OverflowError, RuntimeError, KeyError, TypeError) as error:
+    except (SafetensorError, OverflowError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"malformed tensors: {error}") from error
     return found
 

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,7 @@ def json_of(text: str | bytes, depth: int = MOST_DEPTH) -> Any:
     Raises:
         ValueError: it is none, or nested deeper.
     """
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError(_DEEP.format(depth)) from error
-    _check_depth(value, depth)
-    return value
+    return _parsed(json.loads, text, depth)
 
 
 def toml_of(text: str, depth: int = MOST_DEPTH) -> dict[str, Any]:
@@ -85,15 +81,21 @@ def toml_of(text: str, depth: int = MOST_DEPTH) -> dict[str, Any]:
     """
     if _LONG_KEY.search(text):
         raise ValueError(f"a key of more than {_MOST_PARTS} parts")
-    try:
-        values = tomllib.loads(text)
-    except RecursionError as error:
-        raise ValueError(_DEEP.format(depth)) from error
-    _check_depth(values, depth)
+    values: dict[str, Any] = _parsed(tomllib.loads, text, depth)
     return values
 
 
 _DEEP = "nested deeper than {} levels"
+
+
+def _parsed(parse: Callable[[Any], Any], text: str | bytes, depth: int) -> Any:
+    """Return what a text stands for, unless it is nested deeper than asked for."""
+    try:
+        value = parse(text)
+    except RecursionError as error:
+        raise ValueError(_DEEP.format(depth)) from error
+    _check_depth(value, depth)
+    return value
 
 
 def _check_depth(value: Any, most: int) -> None:

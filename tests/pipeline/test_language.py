@@ -9,28 +9,16 @@ import pytest
 from hansa.bundle import read_bundle
 from hansa.errors import InputError
 from hansa.pipeline import load, pipeline, plan
+from tampering import SMALL, tar
 
 TEXT = {"context": 130, "test": 0.1, "validation": 0.0, "answers": {}}
 NODES = {
     "clinic": {"text": "made:drug?num=40&seed=1"},
     "insurer": {"text": "made:policy?num=60&seed=1&style=records"},
 }
-MODEL = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 TRAINING = {"optimizer": "adamw", "lr": 0.003, "batch_size": 8, "steps": 2}
 PHASE = {"steps": 2, "warm_up": 1, "batch_size": 4, "lr": 1e-3}
-TAR = {
-    "kind": "tar",
-    **PHASE,
-    "inner_steps": 2,
-    "every": 1,
-    "attack_batch_size": 2,
-    "adversaries": [{"lrs": [1e-3]}],
-}
+TAR = tar(PHASE)
 OWN = {**TEXT, "tokenizer": "bundle"}
 CURATION = {
     "anchors": "made:all?num=40&seed=2&style=records",
@@ -50,7 +38,7 @@ def values(**changed: dict[str, Any]) -> dict[str, Any]:
             "config": {
                 "rounds": 1,
                 "text": TEXT,
-                "model": {"name": "llama", "options": MODEL},
+                "model": {"name": "llama", "options": SMALL},
                 "nodes": {"public": {"text": "made:all?num=40&style=public"}},
             },
         },

@@ -18,23 +18,11 @@ from hansa.safeguard.facts import Examples, asked_for_facts, examples_of, facts_
 from hansa.safeguard.rows import Rows
 from hansa.safeguard.texts import Texts, TextsOptions
 from hansa.safeguarding import safeguard
+from tampering import SMALL, tar
 
 ANSWERS = AnswerOptions()
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 PHASE = {"steps": 2, "warm_up": 1, "batch_size": 4, "lr": 1e-3}
-TAMPER = {
-    "kind": "tar",
-    **PHASE,
-    "inner_steps": 2,
-    "every": 1,
-    "attack_batch_size": 2,
-    "adversaries": [{"lrs": [1e-3]}],
-}
+TAMPER = tar(PHASE)
 DATA = {
     "kind": "texts",
     "context": 120,

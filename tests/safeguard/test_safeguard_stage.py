@@ -18,22 +18,10 @@ from hansa.safeguard.models import layers_of, load_model, width_of
 from hansa.safeguard.phases import TAR
 from hansa.safeguard_config import load
 from hansa.safeguarding import safeguard
+from tampering import SMALL, tar
 
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 PHASE = {"steps": 3, "warm_up": 1, "batch_size": 4, "lr": 1e-3}
-TAMPER = {
-    "kind": "tar",
-    **PHASE,
-    "inner_steps": 2,
-    "every": 1,
-    "attack_batch_size": 2,
-    "adversaries": [{"lrs": [1e-3]}],
-}
+TAMPER = tar(PHASE)
 
 
 def world(tmp_path, **more):

@@ -27,11 +27,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from hansa.federation.message import Message, MessageError
+from hansa.tensor_files import tensors_of
 
 MAGIC = b"HANSAMSG"
 VERSION = 1
@@ -129,9 +128,9 @@ def decode(data: bytes, max_bytes: int = MAX_BYTES) -> Message:
     about = _about(body)
     _check_declared(about, len(body), max_bytes)
     try:
-        stored = safetensors.torch.load(body)
-    except (SafetensorError, OverflowError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise MessageError(f"malformed tensors: {error}") from error
+        stored = tensors_of(body)
+    except ValueError as error:
+        raise MessageError(str(error)) from error
     forms = about["forms"]
     if not forms.keys() <= stored.keys():
         raise MessageError("a packed tensor is declared and not there")

@@ -3,12 +3,13 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from pydantic import Field, ValidationError, field_validator
 
+from hansa.config import explain
 from hansa.errors import InputError
 from hansa.files import write_atomic
 from hansa.search.profile import ProfileOptions
@@ -20,21 +21,22 @@ _log = logging.getLogger("hansa")
 _FACTS = "profile.json"
 
 
-@dataclass(frozen=True)
-class ProfileStage:
-    """What is profiled, and what becomes of latencies that do not repeat.
+class ProfileStage(ProfileOptions):
+    """What is profiled and how, and what becomes of latencies that do not repeat."""
 
-    Attributes:
-        table: a table's name or file.
-        models: how many of its models, evenly over their multiply-adds; 0 for all.
-        on_refusal: ``stop``, or ``table``: the latencies that the table came with stand in.
-        options: how latencies are measured.
-    """
+    table: str = SMALL
+    """A table's name or file."""
+    models: int = Field(0, ge=0, strict=True)
+    """How many of its models, evenly over their multiply-adds; 0 for all."""
+    on_refusal: str = "stop"
+    """``stop``, or ``table``: the latencies that the table came with stand in."""
 
-    table: str
-    models: int
-    on_refusal: str
-    options: ProfileOptions
+    @field_validator("on_refusal")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in ("stop", "table"):
+            raise InputError("on_refusal", repr(value), "stop or table")
+        return value
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
@@ -43,18 +45,10 @@ class ProfileStage:
         Raises:
             InputError: naming the key.
         """
-        given = dict(config)
-        table = str(given.pop("table", SMALL))
-        models, refused = given.pop("models", 0), given.pop("on_refusal", "stop")
-        if type(models) is not int or models < 0:
-            raise InputError("models", repr(models), "how many, 0 for all")
-        if refused not in ("stop", "table"):
-            raise InputError("on_refusal", repr(refused), "stop or table")
-        known = ProfileOptions.model_fields
-        if unknown := sorted(set(given) - set(known)):
-            allowed = ", ".join(("table", "models", "on_refusal", *known))
-            raise InputError(unknown[0], "an unknown key", allowed)
-        return cls(table, models, refused, _options(given))
+        try:
+            return cls.model_validate(config)
+        except ValidationError as error:
+            raise explain(error, cls, config) from error
 
     @staticmethod
     def joined(folder: Path, search: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,17 +58,6 @@ class ProfileStage:
         if "latency" in limits:
             limits.setdefault("device", facts["device"])
         return {"table": str(folder / "table.parquet"), "limits": limits}
-
-
-def _options(given: Mapping[str, Any]) -> ProfileOptions:
-    from pydantic import ValidationError
-
-    try:
-        return ProfileOptions.model_validate(given)
-    except ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-        key = ".".join(map(str, wrong["loc"]))
-        raise InputError(key, repr(wrong["input"]), wrong["msg"]) from error
 
 
 def profile(
@@ -91,13 +74,13 @@ def profile(
     if 0 < stage.models < len(order):
         order = order[np.linspace(0, len(order) - 1, stage.models).round().astype(int)]
     chosen = sorted(table.models[order].tolist())
-    device, batch = stage.options.device_name, stage.options.batches[0]
+    device, batch = stage.device_name, stage.batches[0]
     try:
         profile_table(
             stage.table,
             out,
             models=",".join(map(str, chosen)),
-            options=stage.options.model_dump(),
+            options=stage.model_dump(include=set(ProfileOptions.model_fields)),
             watch=lambda done, total: watch("latencies", done, total),
         )
     except InputError as error:

@@ -153,7 +153,7 @@ class _Line:
     def do(self, stage: StageOptions, watch: Watch) -> None:
         """Do a stage whose forerunners are done, or go on with it."""
         name, kind = stage.called, KINDS[stage.kind]
-        known = self._known(stage)
+        known = self.stages[name]
         self._tell(replace(known, state="running"))
         began = time.monotonic()
         job = Job(
@@ -171,11 +171,10 @@ class _Line:
         )
         try:
             made = kind.run(job)
-        except InputError as error:
+        except BaseException as error:
             self._tell(known)
-            raise error.within(f"stages.{name}") from error
-        except BaseException:
-            self._tell(known)
+            if isinstance(error, InputError):
+                raise error.within(f"stages.{name}") from error
             raise
         outcome: dict[str, Any] = {
             "bundle": self._relative(made.bundle),
@@ -185,7 +184,7 @@ class _Line:
             "figures": made.figures,
         }
         write_atomic(job.folder / _OUTCOME, json.dumps(outcome, indent=2) + "\n")
-        self._tell(replace(known, state="done", **outcome))
+        self.stages[name] = replace(known, state="done", **outcome)
         # Those after it may be there already, from before a change that was taken back.
         for later in self._options.stages[self._options.position(name) + 1 :]:
             self.stages[later.called] = self._known(later)

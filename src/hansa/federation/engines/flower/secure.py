@@ -43,7 +43,7 @@ from torch import nn
 from hansa.data.clients import Client
 from hansa.errors import InputError
 from hansa.federation.engines.flower.site import LeafWorker
-from hansa.federation.federation import check_batches, check_model
+from hansa.federation.engines.flower.strategy import place_of
 from hansa.federation.leaf import Leaf
 from hansa.federation.message import Message, State
 from hansa.federation.methods.base import Method
@@ -281,14 +281,8 @@ def secure_apps(
     leaf = Leaf(method, setup, seed)
 
     def member(context: Context) -> FlowerClient:
-        torch.set_num_threads(1)
-        config = context.node_config
-        name = str(config.get("name", f"client-{config.get('partition-id', 0)}"))
-        client = data(context)
-        check_model(task.module, {name: client})
-        check_batches(task.module, {name: client}, training.batch_size)
-        folder = Path(str(config.get("state", "hansa-state"))) / name
-        return _Member(f"{ROOT}/{name}", client, leaf, folder, options).to_client()
+        path, client, folder = place_of(context, data, task, training.batch_size)
+        return _Member(path, client, leaf, folder, options).to_client()
 
     return SecureApps(server, ClientApp(client_fn=member, mods=[secaggplus_mod]), strategy)
 

@@ -256,13 +256,26 @@ def node_app(
     leaf = Leaf(method, setup, seed)
 
     def site(context: Context) -> Answering:
-        torch.set_num_threads(1)
-        config = context.node_config
-        name = str(config.get("name", f"client-{config.get('partition-id', 0)}"))
-        client = data(context)
-        check_model(task.module, {name: client})
-        check_batches(task.module, {name: client}, setup.training.batch_size)
-        path, folder = f"{ROOT}/{name}", Path(str(config.get("state", "hansa-state"))) / name
+        path, client, folder = place_of(context, data, task, training.batch_size)
         return Site(path, folder, LeafWorker(path, client, leaf)).answer
 
     return client_app(site)
+
+
+def place_of(
+    context: Context, data: Callable[[Context], Client], task: Task, batch_size: int
+) -> tuple[str, Client, Path]:
+    """Return a client's path, what it holds, and where its states lie, by its node's configuration.
+
+    The process is held to one thread of PyTorch from here on.
+
+    Raises:
+        InputError: data that the model cannot be trained on.
+    """
+    torch.set_num_threads(1)
+    config = context.node_config
+    name = str(config.get("name", f"client-{config.get('partition-id', 0)}"))
+    client = data(context)
+    check_model(task.module, {name: client})
+    check_batches(task.module, {name: client}, batch_size)
+    return f"{ROOT}/{name}", client, Path(str(config.get("state", "hansa-state"))) / name
