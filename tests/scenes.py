@@ -250,7 +250,7 @@ ELSEWHERE: dict[str, str] = {
     "hansa ui": "tests/ui/test_pages.py",
     "hansa ui elsewhere --port 0 --no-browser": "tests/ui/test_pages.py",
     "hansa report runs/digits-fedavg-seed0 --out page.html": "tests/test_cli.py",
-    "hansa pipeline language": "tests/pipeline/test_language.py",
+    "hansa pipeline language": "tests/pipeline/test_language_pipeline.py",
     f"{FEDSELECT} --engine flower": "tests/federation/engines/test_simulation.py",
     f"{FEDSELECT} --set name=on-flower --engine flower": (
         "tests/federation/engines/test_simulation.py"
