@@ -3,9 +3,11 @@
 ``local``: the process of a run on one machine, again and again until the run is finished, by
 several methods. ``deployed``: a federation of two federations on the loopback, of which any
 process may be killed: a client's worker, a SuperNode, a gateway's server or SuperLink, the root's.
+``pipelines``: both that come with Hansa, in each stage.
 What is compared is every state of every node and link, the bundle, and the tables but for times.
 
-    python benchmarks/faults.py [--quick] [--only local|deployed] [--kills N] [--seed S] [--json]
+    python benchmarks/faults.py [--quick] [--only local|deployed|pipelines]
+                                [--kills N] [--seed S] [--json]
 """
 
 import argparse
@@ -24,6 +26,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from faults_pipelines import pipelines
 
 DATA = {"clients": 6, "train_per_class": 6, "partition": {"kind": "shards", "classes": 4}}
 RUN = {
@@ -136,7 +140,7 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
 
 
 TREE = {"north": ("n1", "n2"), "south": ("s1", "s2")}
-PARTS = {
+PROCESSES = {
     "worker": "hansa.deploy.member",
     "SuperNode": "engines.flower.supernode",
     "server": "bin/flwr-serverapp",
@@ -216,8 +220,8 @@ def _torment(parties: Path, rng: random.Random, most: int) -> Counter[str]:
         party = rng.choice(sorted(path.parent for path in parties.glob("*/party.toml")))
         # A SuperNode that died is let in again after a minute: hit seldom, or nothing moves.
         weights = [4.0, 0.25, 3.0, 1.0, 1.0]
-        part = rng.choices(list(PARTS), weights)[0]
-        pids = [pid for pid in processes(party) if _is(pid, PARTS[part])]
+        part = rng.choices(list(PROCESSES), weights)[0]
+        pids = [pid for pid in processes(party) if _is(pid, PROCESSES[part])]
         for pid in pids[:1]:
             with _even_if_gone():
                 os.kill(pid, signal.SIGKILL)
@@ -302,20 +306,25 @@ def free_ports(num: int) -> int:
     raise RuntimeError("no free ports")
 
 
+PARTS = {"local": (local, 30, 200), "deployed": (deployed, 8, 40), "pipelines": (pipelines, 1, 2)}
+"""What is killed, and how often, quickly and in full."""
+
+
 def main() -> None:
     """Kill, go on, compare; print what was lost."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer kills")
-    parser.add_argument("--only", choices=["local", "deployed"])
-    parser.add_argument("--kills", type=int, help="in each part; 200 and 40 by default")
+    parser.add_argument("--only", choices=list(PARTS))
+    told = "in a part, or of a pipeline in each stage; 200, 40 and 2 by default"
+    parser.add_argument("--kills", type=int, help=told)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args()
-    default = {"local": 30, "deployed": 8} if options.quick else {"local": 200, "deployed": 40}
     found = {}
-    for name, part in (("local", local), ("deployed", deployed)):
+    for name, (part, quick, default) in PARTS.items():
         if options.only in (None, name):
-            found[name] = part(options.kills or default[name], random.Random(options.seed))  # noqa: S311 no secret
+            kills = options.kills or (quick if options.quick else default)
+            found[name] = part(kills, random.Random(options.seed))  # noqa: S311 no secret
             print(f"{name}: {json.dumps(found[name])}")
     kills = sum(part["kills"] for part in found.values())
     lost = [text for part in found.values() for text in part["lost"]]

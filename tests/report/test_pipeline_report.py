@@ -18,7 +18,8 @@ from support import config
 
 def stage(name: str, state: str = "waiting", **more: Any) -> dict[str, Any]:
     empty = dict.fromkeys(("start", "bundle", "digest", "report", "seconds", "figures"))
-    return {"name": name, "kind": name, "state": state, "key": "", "folder": "", **empty, **more}
+    known = {"name": name, "kind": name, "state": state, "key": "", "folder": ""}
+    return {**known, **empty, **more}
 
 
 def write(folder: Path, *stages: dict[str, Any], **more: Any) -> None:
@@ -32,6 +33,7 @@ def test_a_pipeline_that_has_not_begun_has_a_page(tmp_path: Path) -> None:
     assert "0 of 2 stages done, seed 3" in text
     assert text.count("It has no page of its own yet.") == 2
     assert "stroke-dasharray" in text
+    assert "At a glance" not in text
 
 
 def test_every_stage_s_page_is_inside_and_lineage_is_that_of_the_last_bundle(
@@ -48,12 +50,16 @@ def test_every_stage_s_page_is_inside_and_lineage_is_that_of_the_last_bundle(
         made = {"folder": folder, "bundle": f"{folder}/bundle", "report": f"{folder}/report.html"}
         figures = {"accuracy": "12 %, worst & <tenth>"}
         stages.append(stage(name, "done", seconds=1.25, start=start, digest=digest, figures=figures,
-                            **made))  # fmt: skip
+                            **made, kind="train"))  # fmt: skip
     write(tmp_path, *stages, finished=True)
     text = report(tmp_path).read_text()
     lineage = text[text.index("<h2>Lineage of the bundle") : text.index("Pages of the stages")]
     assert re.findall(r"<td>([0-9a-f]{64})</td>", lineage) == [s["digest"] for s in stages]
     assert text.count(">Test accuracy over rounds</h4>") == 2
+    glance = text[text.index("At a glance") : text.index("<h2>Stages")]
+    assert re.findall(r">([^<]+)</h3>", glance) == [
+        "a: Test accuracy over rounds", "b: Test accuracy over rounds",
+    ]  # fmt: skip
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     referred = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))

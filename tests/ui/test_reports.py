@@ -206,7 +206,8 @@ def test_a_pipeline_s_page_holds_those_of_its_stages(browser, shelf, view) -> No
         page = made.page
         page.goto(file.as_uri())
         page.get_by_role("heading", name="The line of stages").wait_for()
-        inner = page.get_by_role("heading", name="Test accuracy over rounds")
+        page.get_by_role("heading", name="train: Test accuracy over rounds", level=3).wait_for()
+        inner = page.get_by_role("heading", name="Test accuracy over rounds", exact=True)
         assert not inner.is_visible()
         page.locator("summary", has_text="train: done").focus()
         page.keyboard.press("Enter")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from hansa.errors import InputError
 from hansa.report.line import Stop, draw
@@ -17,6 +17,19 @@ from hansa.report.parts import Part, plot, table
 Stage = Mapping[str, Any]
 _REFERENCE = re.compile(r'\b(id|aria-labelledby|aria-describedby)="|\b(href)="#|url\(#')
 _HEADING = re.compile(r"(</?h)([1-4])\b")
+LEADING = {
+    "search": ("Accuracy and cost", "Best so far"),
+    "prune": ("Scores of weights", "Share of each"),
+    "train": ("Test accuracy over", "Perplexity of every node over"),
+    "personalise": ("Test accuracy over", "Test accuracy of every"),
+    "curate": ("ifd", "perplexity", "Share of its examples"),
+    "safeguard": ("Resistance", "What is kept"),
+    "redteam": ("Recovered, worst case",),
+    "audit": ("Dose and response",),
+}
+"""Kind of a stage -> how the titles of plots begin of which the first found says most about it."""
+_FIGURE = re.compile(r'<figure role="group" aria-label="([^"]*)">.*?</figure>', re.DOTALL)
+_TITLE = re.compile("<h2[^>]*>")
 _SHORT = 12
 """Hexadecimal digits of a digest that are shown where it has to be short."""
 
@@ -33,6 +46,7 @@ def report(folder: Path) -> Path:
     told = read(folder)
     stages: list[Stage] = told["stages"]
     done = sum(stage["state"] == "done" for stage in stages)
+    pages = [_page(folder, stage) for stage in stages]
     bundles = [stage["bundle"] for stage in stages if stage["bundle"]]
     config = folder / "config.toml"
     return write_page(
@@ -43,7 +57,11 @@ def report(folder: Path) -> Path:
         tables=[_table(stages), *(lineage(folder / bundles[-1]) if bundles else [])],
         scored=[],
         plots=[],
-        stages=[_embedded(folder, number, stage) for number, stage in enumerate(stages)],
+        glance=_glance(stages, pages),
+        stages=[
+            _embedded(number, stage, page)
+            for number, (stage, page) in enumerate(zip(stages, pages, strict=True))
+        ],
         configurations=[("pipeline", config.read_text())] if config.is_file() else [],
     )
 
@@ -103,32 +121,54 @@ def _table(stages: Sequence[Stage]) -> Part:
     return table("Stages", columns, rows, note, words=True)
 
 
-def _embedded(folder: Path, number: int, stage: Stage) -> Part:
+def _page(folder: Path, stage: Stage) -> str:
+    """Return what stands on a stage's own page, as far as there is one."""
+    try:
+        text = (folder / stage["report"]).read_text() if stage["report"] else ""
+    except OSError:
+        text = ""
+    return text.partition("<body>")[2].rpartition("</body>")[0]
+
+
+def _glance(stages: Sequence[Stage], pages: Sequence[str]) -> list[Markup]:
+    """Return the leading plot of every stage that has one."""
+    leading = []
+    for number, (stage, page) in enumerate(zip(stages, pages, strict=True)):
+        figures = [(found[1], found[0]) for found in _FIGURE.finditer(page)]
+        for start in LEADING.get(stage["kind"], ()):
+            drawn = next((text for title, text in figures if title.startswith(start)), None)
+            if drawn:
+                (tag, *_) = _TITLE.findall(drawn)
+                drawn = drawn.replace(tag, f"{tag}{escape(stage['name'])}: ", 1)
+                leading.append(_ours(_within(drawn, f"glance-{number}-", 1)))
+                break
+    return leading
+
+
+def _embedded(number: int, stage: Stage, page: str) -> Part:
     """Return a stage's title and its own page, as far as there is one, as a part of this one."""
     title = f"{_called(stage)}: {_state(stage)}"
     content = Markup("<p>It has no page of its own{}.</p>").format(
         "" if stage["state"] == "done" else " yet"
     )
     if stage["report"]:
-        try:
-            text = (folder / stage["report"]).read_text()
-        except OSError:
-            text = ""
         link = Markup('<p><a href="{}">The page of this stage alone</a></p>').format(
             stage["report"]
         )
-        # What a stage wrote is a page by the same template, its values escaped when it was filled.
-        body = text.partition("<body>")[2].rpartition("</body>")[0]
-        within = _within(body, f"stage-{number}-")
-        content = link + Markup(within)  # noqa: S704 # nosec B704 # as said above
+        content = link + _ours(_within(page, f"stage-{number}-"))
     return {"title": title, "content": content}
 
 
-def _within(body: str, prefix: str) -> str:
+def _ours(page: str) -> Markup:
+    # What a stage wrote is a page by the same template, its values escaped when it was filled.
+    return Markup(page)  # noqa: S704 # nosec B704 # as the line above says
+
+
+def _within(body: str, prefix: str, lower: int = 2) -> str:
     """Return a page's content with names of its own and with headings of a lower level."""
     body = re.sub("</?main>", "", body)
     body = _REFERENCE.sub(lambda found: found.group() + prefix, body)
-    return _HEADING.sub(lambda found: f"{found[1]}{int(found[2]) + 2}", body)
+    return _HEADING.sub(lambda found: f"{found[1]}{int(found[2]) + lower}", body)
 
 
 def _called(stage: Stage) -> str:

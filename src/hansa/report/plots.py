@@ -300,7 +300,7 @@ def matrix(
         columns,
         bounds=(min(shown), max(shown)),
         text=lambda value: f"{value:.2f}",
-        scale=lambda value: f"{value:.2f}",
+        scale=lambda value: f"{value:.3g}",
         colours="viridis_r",
         cell=0.44,
         size=8.5,
@@ -433,7 +433,7 @@ def bars(values: Mapping[str, float], *, title: str, x: str) -> str:
     axes.set_axisbelow(True)
     axes.barh(range(len(values)), list(values.values()), color=COLOURS[0])
     axes.set_yticks(range(len(values)), list(values))
-    axes.invert_yaxis()
+    axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlim(0.5 * min(values.values()), 1.1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))

@@ -18,7 +18,7 @@ ABOVE = 24
 MAX_COLUMNS = 3
 MAX_STACKED = 8
 """Columns that a tree takes if it can, and most leaves that stand below one another for that."""
-_LETTERS = 25
+_LETTERS = 21
 _STROKE = 'stroke="currentColor" stroke-opacity=".6"'
 
 
