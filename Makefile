@@ -35,11 +35,12 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/bandit -q -r src -c pyproject.toml
 
-# Known weaknesses of the pinned versions, by the database of PyPA; it needs the network.
+# Known weaknesses of the pinned versions, by the database of PyPA; it needs the network, and fails
+# where that has nothing to say of a package.
 audit: .venv/.python
 	$(PYTHON) -m venv .venv/audit
 	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3'
-	.venv/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 # The documentation as a site, in build/site; any web server shows it, this machine's included:
 # .venv/bin/python -m http.server -d build/site
