@@ -24,7 +24,6 @@ SMALLEST = {
     "edge": ("train.training.epochs=1", "train.rounds=4", "personalise.rounds=2"),
     "language": (
         *("base.rounds=3", "base.training.lr_rounds=3", "train.training.steps=10"),
-        "safeguard.controls={ never={ path='bundle:base' } }",
         "redteam.attacks=[{ name='full', steps=20, lrs=[1e-3] }]",
         "redteam.probes=[10, 20]",
     ),

@@ -13,14 +13,15 @@ _log = logging.getLogger("hansa")
 SMALLER: dict[str, tuple[str, ...]] = {
     "edge": (
         *("profile.models=8", "search.budget=8", "search.repeats=0", "search.proxies=[]"),
-        *("train.rounds=3", "train.training.epochs=2"),
-        *("personalise.rounds=1", "personalise.training.epochs=1"),
+        *("train.rounds=5", "train.training.epochs=2"),
+        *("personalise.rounds=2", "personalise.training.epochs=1"),
     ),
     "language": (
-        *("base.rounds=4", "base.training.lr_rounds=4", "base.score_every=0"),
-        *("train.rounds=3", "train.training.lr_rounds=3", "train.score_every=0"),
+        *("base.rounds=5", "base.training.lr_rounds=5", "base.score_every=0"),
+        *("train.rounds=5", "train.training.lr_rounds=5", "train.score_every=0"),
+        "safeguard.controls={ never={ path='bundle:base' } }",
         "redteam.attacks=[{ name='full', steps=50, lrs=[1e-3] }]",
-        *("redteam.probes=[10, 50]", "audit.cases=8"),
+        *("redteam.probes=[10, 50]", "audit.cases=32"),
     ),
 }
 """What is overridden, so that both take minutes together."""

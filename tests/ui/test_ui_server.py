@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -233,7 +234,9 @@ def test_what_has_not_changed_is_not_drawn_again(shelf: Path) -> None:
 
 def test_the_command_serves_until_it_is_ended(shelf: Path) -> None:
     command = [sys.executable, "-m", "hansa.cli", "ui", str(shelf), "--port", "0", "--no-browser"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # A job in the background of a shell ignores Ctrl-C, and its children with it.
+    ready = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=ready) as process:
         try:
             address = process.stdout.readline().split(" ")[0]
             connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
