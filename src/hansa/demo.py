@@ -13,6 +13,7 @@ _log = logging.getLogger("hansa")
 SMALLER: dict[str, tuple[str, ...]] = {
     "edge": (
         *("profile.models=8", "search.budget=8", "search.repeats=0", "search.proxies=[]"),
+        "search.limits.fastest=0.5",
         *("train.rounds=5", "train.training.epochs=2"),
         *("personalise.rounds=2", "personalise.training.epochs=1"),
     ),

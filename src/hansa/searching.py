@@ -152,10 +152,10 @@ class _Stage:
         limits = self.options.limits
         if self.table is not None:
             return limits.feasible(self.table)
-        if limits.latency is not None:
-            raise InputError(
-                "limits.latency", f"{limits.latency} ms without a table", "a table with latencies"
-            )
+        if limits.is_of_a_device:
+            key = "fastest" if limits.latency is None else "latency"
+            found = f"{getattr(limits, key)} without a table"
+            raise InputError(f"limits.{key}", found, "a table with latencies")
         return limits.within(self.costs)
 
     @cached_property

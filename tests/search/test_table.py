@@ -104,6 +104,12 @@ def test_the_best_within_a_limit_is_that_of_brute_force(cap) -> None:
     assert found == max(allowed, key=TABLE.validation_accuracy)
 
 
+@pytest.mark.parametrize(("share", "left"), [(0.01, 1), (0.5, 2), (1.0, 3)])
+def test_the_fastest_are_those_of_the_models_on_the_device(share, left) -> None:
+    by_latency = sorted(MODELS[:3], key=lambda model: TABLE.latency(model, "here"))
+    assert set(ranked(TABLE, Limits(fastest=share)).tolist()) == set(by_latency[:left])
+
+
 def test_limits_hold_together_and_say_what_is_least() -> None:
     most = TABLE.parameters(7)
     assert all(TABLE.parameters(m) <= most for m in ranked(TABLE, Limits(parameters=most)))
@@ -115,6 +121,8 @@ def test_limits_hold_together_and_say_what_is_least() -> None:
         best(TABLE, Limits(latency=5, device="there"))
     with pytest.raises(InputError, match="profile first"):
         best(Table.of_rows(RECIPE, _rows()), Limits(latency=5))
+    with pytest.raises(InputError, match="profile first"):
+        best(Table.of_rows(RECIPE, _rows()), Limits(fastest=0.5))
 
 
 def test_nothing_on_the_front_is_beaten() -> None:

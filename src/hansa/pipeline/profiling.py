@@ -55,7 +55,7 @@ class ProfileStage(ProfileOptions):
         """Return what a search by the profiled table has in its configuration."""
         facts = json.loads((folder / _FACTS).read_text())
         limits = dict(search.get("limits", {}))
-        if "latency" in limits:
+        if {"latency", "fastest"} & limits.keys():
             limits.setdefault("device", facts["device"])
         return {"table": str(folder / "table.parquet"), "limits": limits}
 

@@ -22,6 +22,9 @@ class Limits(BaseModel):
     """Multiply-adds of convolutions and linear layers for one input."""
     latency: float | None = Field(None, gt=0)
     """Milliseconds for a batch on the device."""
+    fastest: float | None = Field(None, gt=0, le=1)
+    """Share of the table's models on the device, the fastest, among which it must be: a limit of
+    latency that holds on slow machines as on quick ones."""
     device: str | None = None
     """The device of the latency, as the table names it; not needed where it names but one."""
     batch: int = Field(1, ge=1)
@@ -41,7 +44,16 @@ class Limits(BaseModel):
             kept &= found <= self.latency
             least = f"{found[found == found].min():.3g} ms"
             _check(kept.any(), "limits.latency", f"{self.latency} ms", least)
+        if self.fastest is not None:
+            found = table.latencies(self.device_of(table), self.batch)
+            kept &= found <= np.nanquantile(found, self.fastest)
+            _check(kept.any(), "limits.fastest", self.fastest, "1")
         return kept
+
+    @property
+    def is_of_a_device(self) -> bool:
+        """Whether a limit is of latencies, which are those of a device."""
+        return self.latency is not None or self.fastest is not None
 
     def within(self, costs: Mapping[str, Floats]) -> Bools:
         """Return which models keep the limits of parameters and multiply-adds, bool [n].
