@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from hansa.bundle import read_bundle
+from hansa.cli import main
 from hansa.errors import InputError
 from hansa.pipeline import pipeline, plan
 
@@ -239,3 +241,25 @@ def test_files_stand_beside_the_pipeline_and_own_values_over_them(tmp_path: Path
     assert card["config"]["training"]["epochs"] == 2
     assert card["config"]["rounds"] == 2
     assert card["config"]["data"]["clients"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["line.toml", "--until", "tune"], "stage: found 'tune'; allowed: prune, train"),
+        (["none.toml"], "none.toml: found no such file"),
+        (["edeg"], "edeg: found no such file; allowed: a configuration in TOML, edge or language"),
+        (["edge", "--set", "tune.rounds=2"], "--set"),
+    ],
+)
+def test_the_command_ends_in_one_line_that_says_what_is_wrong(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    Path("line.toml").write_text(tomli_w.dumps(values()))
+    monkeypatch.setattr(sys, "argv", ["hansa", "pipeline", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not Path("runs").exists()

@@ -144,6 +144,9 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     """
     if not isinstance(source, Mapping):
         source = SHIPPED.get(str(source), Path(source))
+        if not source.suffix and not source.exists():
+            allowed = f"a configuration in TOML, {' or '.join(SHIPPED)}"
+            raise InputError(str(source), "no such file", allowed)
     folder = Path() if isinstance(source, Mapping) else source.parent
     values = dict(source) if isinstance(source, Mapping) else read(source)
     stages = values.get("stages")
