@@ -116,7 +116,7 @@ SEARCHED = (
 
 SMALLEST = (  # of the shipped pipelines
     *("profile.models=2", "profile.on_refusal=table", "search.budget=2", "search.repeats=0"),
-    *("search.proxies=[]", "search.limits.latency=100.0", "train.rounds=1", "train.data.clients=2"),
+    *("search.proxies=[]", "search.limits.fastest=1.0", "train.rounds=1", "train.data.clients=2"),
     *("train.training.epochs=1", "train.data.train_per_class=1", "prune.data.clients=2"),
     *("personalise.rounds=1", "personalise.data.clients=2", "personalise.data.train_per_class=1"),
     *("personalise.training.epochs=1", "prune.pruning.iterations=1"),

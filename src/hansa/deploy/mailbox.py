@@ -78,9 +78,12 @@ class Mailbox:
 
     def reply(self, request: Request, answer: Answer) -> None:
         """Answer a request, which is then done with."""
-        write_atomic(self._answers / request.digest, to_bytes(answer))
+        path = self._answers / request.digest
+        write_atomic(path, to_bytes(answer))
         (self._requests / request.digest).unlink(missing_ok=True)
-        for old in self._answers.iterdir():  # whoever asked for these was killed
-            with suppress(FileNotFoundError):
-                if time.time() - old.stat().st_mtime > _KEPT:
-                    old.unlink()
+        with suppress(FileNotFoundError):  # it may have been fetched by now
+            written = path.stat().st_mtime  # not the clock, by which it may be old at once
+            for old in self._answers.iterdir():  # whoever asked for these was killed
+                with suppress(FileNotFoundError):
+                    if written - old.stat().st_mtime > _KEPT:
+                        old.unlink()
