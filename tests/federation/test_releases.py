@@ -117,7 +117,7 @@ def test_what_is_counted_is_on_the_disk_before_anything_is_drawn(tmp_path, monke
     assert releases.number == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.sampled_from([(2.0, 1.0, 1), (2.0, 0.5, 3), (5.0, 0.5, 4)]), max_size=6))
 def test_what_is_let_out_stays_within_the_budget_and_adds_up(tmp_path_factory, wanted) -> None:
     privacy = Privacy(unit="update", noise=2.0, epsilon=4.0)
