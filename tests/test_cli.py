@@ -102,7 +102,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert errors == (
-        "hansa: stopped; train --resume RUN, or the same compare again, goes on from here\n"
+        "hansa: stopped; the same command again, or train --resume RUN, goes on from here\n"
     )
 
 

@@ -376,7 +376,7 @@ def main() -> None:
         status = _INTERRUPTED
     if status == _INTERRUPTED:
         _fail(
-            "stopped; train --resume RUN, or the same compare again, goes on from here",
+            "stopped; the same command again, or train --resume RUN, goes on from here",
             1,
         )
     sys.exit(status or 0)

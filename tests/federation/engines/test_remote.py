@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,10 +17,12 @@ from direct import Direct, late, rounds
 from hansa.federation.engines.flower.exchange import (
     Answer,
     LetterError,
+    LostError,
     Request,
     from_bytes,
     to_bytes,
 )
+from hansa.federation.engines.flower.grid import answer_in
 from hansa.federation.engines.flower.records import from_records, to_records
 from hansa.federation.engines.flower.remote import RemoteEngine
 from hansa.federation.engines.flower.site import LeafWorker, Site, encoded
@@ -215,8 +219,20 @@ GARBAGE = {
     "metrics beside it": (spoiled(metrics={"loss": (math.nan, 1.0)}), "the metric loss is nan"),
     "a weight that is no number": (_weighing(math.nan), "weight is nan"),
     "a negative weight": (_weighing(-1.0), "weight"),
+    "an answer of another round": (spoiled(round=1), "'c1' in round 1, not what was asked"),
+    "an answer of another client": (spoiled(path="root/c0"), "'c0' in round 2"),
     "refused": (spoiled(status="refused", error="no data"), "no data"),
 }
+
+
+@pytest.mark.parametrize("about", ["[[", "{}", None, '{"path": "c1", "metrics": {"x": [NaN, 1]}}'])
+def test_an_answer_that_cannot_be_read_is_excluded(about) -> None:
+    told = {} if about is None else {"hansa": ConfigRecord({"about": about})}
+    # Flower makes messages within a run alone; these are the two things that are asked of one.
+    message: Any = SimpleNamespace(has_error=lambda: False, content=RecordDict(dict(told)))
+    with pytest.raises(LostError, match="garbage for an answer") as error:
+        answer_in(message)
+    assert error.value.fate == "excluded"
 
 
 @pytest.mark.parametrize("case", GARBAGE)

@@ -178,7 +178,7 @@ class GridPost:
         try:
             return next(iter(self._grid.pull_messages([message])), None)
         except (AttributeError, ValueError, KeyError, TypeError) as error:
-            raise LostError("failed", f"garbage for a message: {first_line(error)}") from error
+            raise LostError("excluded", f"garbage for a message: {first_line(error)}") from error
 
     def _push(self, request: Request, node: int) -> Ticket:
         message = message_of(request, node, self._ttl)
@@ -280,4 +280,4 @@ def answer_in(message: Message) -> Answer:
     try:
         return from_records(Answer, message.content)
     except LetterError as error:
-        raise LostError("failed", f"garbage for an answer: {error}") from error
+        raise LostError("excluded", f"garbage for an answer: {error}") from error

@@ -241,6 +241,9 @@ class RemoteEngine(Engine):
         if isinstance(ticket, LostError):
             raise ticket
         answer = self.post.take(ticket, until)
+        if answer.status != "refused" and (answer.path, answer.round) != (ask.path, ask.round):
+            said = f"{name_of(answer.path)!r} in round {answer.round}"
+            raise LostError("excluded", f"an answer of {said}, not what was asked")
         if answer.status == "diverged" and self.on_failure == "stop":
             raise DivergedError(ask.path, ask.round, answer.error)
         if answer.status != "ok":
