@@ -367,6 +367,28 @@ def test_certificates_out_of_date_or_of_another_key_are_refused(tmp_path) -> Non
         check_server(tmp_path)
 
 
+@pytest.mark.parametrize(("party", "file"), [("root", "server.crt"), ("client-2", "ca.crt")])
+def test_a_party_whose_certificates_have_expired_does_not_start(party, file, tmp_path) -> None:
+    made = tmp_path / "made"
+    init(read_deployment(description(tmp_path)), made)
+    if party == "root":
+        write_authority(made / party / "tls", "late")
+        write_server(made / party / "tls", "localhost", days=-1)
+    else:
+        write_authority(tmp_path, "late", days=-1)
+        (made / party / "member" / "superlink-ca.crt").write_bytes(
+            (tmp_path / "ca.crt").read_bytes()
+        )
+    hansa = Path(sys.executable).with_name("hansa")
+    done = subprocess.run(
+        [hansa, "deploy", "start", made / party],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"{file}: found a certificate that expired on" in line
+
+
 def test_a_port_that_is_taken_is_named_at_once(tmp_path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
