@@ -389,6 +389,17 @@ def test_a_party_whose_certificates_have_expired_does_not_start(party, file, tmp
     assert f"{file}: found a certificate that expired on" in line
 
 
+def test_a_superlink_that_is_killed_as_it_starts_is_no_reason_to_end(tmp_path) -> None:
+    made = tmp_path / "made"
+    init(read_deployment(description(tmp_path)), made)
+    party = Supervisor(made / "root")
+    for code, mends in (("kill -9 $$", True), ("exit 1", False)):
+        party._processes["superlink"] = process = subprocess.Popen(["/bin/sh", "-c", code])
+        process.wait()
+        with contextlib.nullcontext() if mends else pytest.raises(InputError, match="SuperLink"):
+            assert not party._is_healthy()
+
+
 def test_a_port_that_is_taken_is_named_at_once(tmp_path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

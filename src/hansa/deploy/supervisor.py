@@ -119,7 +119,8 @@ class Supervisor:
         if not self._is_up("superlink"):
             self._start("superlink", _superlink_command(self.folder, self.party))
             self._submitted = 0.0
-            self._await_health()
+            if not self._is_healthy():
+                return
             self._submit("its SuperLink was not there", *self._registrations())
         if not self._is_up("gate"):
             self._start("gate", [sys.executable, "-m", "hansa.deploy.gate", self._place])
@@ -246,19 +247,21 @@ class Supervisor:
         own = {VARIABLE: str(self.folder), "FLWR_HOME": str(home), "PATH": path}
         return {**os.environ, **QUIET, **own, "OMP_NUM_THREADS": "1"}
 
-    def _await_health(self) -> None:
-        """Wait until the SuperLink answers.
+    def _is_healthy(self) -> bool:
+        """Wait until the SuperLink answers, and tell whether it does: it may have been killed.
 
         Raises:
-            InputError: it does not.
+            InputError: it ended by itself, or does not answer.
         """
         assert self.party.server is not None  # noqa: S101 for mypy
         address = f"127.0.0.1:{self.party.server.inner_port}"
         authority = self.folder / "tls" / "loopback-ca.crt"
         until = time.monotonic() + _HEALTH
         while why := _probe(address, authority):
-            ended = self._processes["superlink"].poll() is not None
-            if ended or time.monotonic() > until:
+            ended = self._processes["superlink"].poll()
+            if ended is not None and ended < 0:  # by a signal: starting again mends that
+                return False
+            if ended is not None or time.monotonic() > until:
                 found = self._last_words(self.folder / "logs" / "superlink.log") or why
                 raise InputError("SuperLink", f"no answer: {found}", "one that starts")
             time.sleep(_TICK)
@@ -269,6 +272,7 @@ class Supervisor:
         (home / "config.toml").write_text(
             tomli_w.dumps({"superlink": {"default": _CONNECTION, _CONNECTION: connection}})
         )
+        return True
 
     def _flwr(self, *commands: list[str]) -> list[dict[str, Any]]:
         """Run some of Flower's commands, and return what each has to say.
