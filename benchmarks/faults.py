@@ -4,7 +4,9 @@
 several methods. ``deployed``: a federation of two federations on the loopback, of which any
 process may be killed: a client's worker, a SuperNode, a gateway's server or SuperLink, the root's.
 ``pipelines``: both that come with Hansa, in each stage.
-What is compared is every state of every node and link, the bundle, and the tables but for times.
+What is compared: of a run every state of every node and link, the bundle, and the tables but for
+times; of a deployment the root's model and the clients' states with those of the local engine, and
+that no child was missed; of a pipeline the digests of all bundles.
 
     python benchmarks/faults.py [--quick] [--only local|deployed|pipelines]
                                 [--kills N] [--seed S] [--json]
