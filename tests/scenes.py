@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from documents import ROOT, files
+from hansa import train
 
 DOCS = ROOT / "docs"
 SMALL = ("--set", "rounds=1", "--set", "training.epochs=1", "--set", "compare_up_to=0")
@@ -32,11 +33,13 @@ class Scene:
             of an option that is given twice the last counts.
         prepare: what stands in the folder before.
         ends: command -> its exit status, where that is not 0.
+        silent: commands that print nothing.
     """
 
     commands: dict[str, tuple[str, ...]]
     prepare: Callable[[Path], None] = lambda folder: None
     ends: dict[str, int] = field(default_factory=dict)
+    silent: tuple[str, ...] = ()
 
 
 def _pages(*names: str) -> Callable[[Path], None]:
@@ -70,6 +73,11 @@ def _photos(folder: Path) -> None:
     pq.write_table(table, folder / "scans.parquet")
 
 
+def _fedavg(folder: Path) -> None:
+    """A finished run of the example with FedAvg."""
+    train(folder / "examples" / "digits-fedavg.toml", overrides=[*SMALL[1::2]])
+
+
 _FEW = "data={ kind='world', entities=24, relations=2, values=4, facts=3 }"
 _PHASES = (
     "phases=[{ kind='pretrain', steps=2 }, { kind='random_mapping', steps=1 },"
@@ -81,7 +89,9 @@ _ATTACKS = (
     "redteam={ seeds=[0], processes=1, probes=[1], floor=0.5,"
     " attacks=[{ name='full', steps=1, lrs=[1e-3] }] }"
 )
-SAFEGUARD = tuple(part for text in (_FEW, _PHASES, _CONTROLS, _ATTACKS) for part in ("--set", text))
+SAFEGUARD = tuple(
+    part for text in ("name=NAME", _FEW, _PHASES, _CONTROLS, _ATTACKS) for part in ("--set", text)
+)
 _MADE = [
     f"nodes.{name}.text='made:{kind}?num=24&seed={seed}'"
     for name, kind, seed in (
@@ -136,6 +146,7 @@ SCENES: dict[str, Scene] = {
             "hansa train --resume runs/digits-fedselect-seed0": ("--set", "rounds=2"),
             "hansa report runs/digits-fedselect-seed0 runs/digits-fedselect-seed0-2": (),
             "hansa report runs/digits-fedselect-seed0": (),
+            "hansa report runs/digits-fedavg-seed0 --out page.html": (),
             "hansa export runs/digits-fedselect-seed0 client-3": (),
             f"{FEDSELECT} --set name=simulated --set engine.kind=sequential": SMALL,
             f"{COMPARE} --methods local,fedavg,fedselect --seeds 0,1,2": (*SMALL, "--seeds", "0"),
@@ -148,7 +159,8 @@ SCENES: dict[str, Scene] = {
             "hansa compare examples/digits-personalised.toml --processes 2": (
                 *(*SMALL, "--set", "data.clients=3", "--seeds", "0", "--processes", "1"),
             ),
-        }
+        },
+        _fedavg,
     ),
     "data": Scene(
         {
@@ -207,6 +219,7 @@ SCENES: dict[str, Scene] = {
         {
             "hansa safeguard examples/safeguard.toml": SAFEGUARD,
             "hansa redteam examples/safeguard.toml": SAFEGUARD,
+            "hansa redteam runs/NAME-seed0-safeguard/bundle --join": ("--set", _ATTACKS),
         }
     ),
     "audit": Scene(
@@ -241,47 +254,58 @@ SCENES: dict[str, Scene] = {
         }
     ),
     "deployment": Scene(
-        {"hansa deploy init examples/deployment/federation.toml study": ()},
+        {
+            "hansa deploy init examples/deployment/federation.toml study": (),
+            "hansa deploy status study": (),
+            "hansa deploy down study": (),
+        },
+        silent=("hansa deploy down study",),
     ),
 }
 
+_DEPLOYED = "tests/deploy/test_processes.py::test_a_federation_of_federations_gives_the_hand_computed_number"  # noqa: E501
+_ON_FLOWER = "tests/test_own_method.py::test_flower_trains_it_with_the_same_bits"
+_SERVED = "tests/ui/test_ui_server.py::test_the_command_serves_until_it_is_ended"
 ELSEWHERE: dict[str, str] = {
-    "hansa demo": "tests/pipeline/test_demo.py",
-    "hansa ui": "tests/ui/test_pages.py",
-    "hansa ui elsewhere --port 0 --no-browser": "tests/ui/test_pages.py",
-    "hansa report runs/digits-fedavg-seed0 --out page.html": "tests/test_cli.py",
-    "hansa pipeline language": "tests/pipeline/test_language_pipeline.py",
-    f"{FEDSELECT} --engine flower": "tests/federation/engines/test_simulation.py",
-    f"{FEDSELECT} --set name=on-flower --engine flower": (
-        "tests/federation/engines/test_simulation.py"
+    "hansa demo": (
+        "tests/pipeline/test_demo.py::"
+        "test_the_demo_runs_the_shipped_pipelines_and_leaves_out_what_is_not_installed"
     ),
-    "hansa train forgiving.toml --engine flower --set name=forgiving-flower": (
-        "tests/test_own_method.py"
-    ),
+    "hansa ui": _SERVED,
+    "hansa ui elsewhere --port 0 --no-browser": _SERVED,
+    f"{FEDSELECT} --engine flower": _ON_FLOWER,
+    f"{FEDSELECT} --set name=on-flower --engine flower": _ON_FLOWER,
+    "hansa train forgiving.toml --engine flower --set name=forgiving-flower": _ON_FLOWER,
     "hansa audit proxy plan.toml --upstream http://127.0.0.1:8000 --sample response.json": (
-        "tests/audit/test_audit_proxy_cli.py"
+        "tests/audit/test_audit_proxy_cli.py::test_it_serves_until_it_is_ended"
     ),
-    "hansa deploy up study": "tests/deploy/test_processes.py",
-    "hansa deploy status study": "tests/deploy/test_processes.py",
-    "hansa deploy down study": "tests/deploy/test_processes.py",
-    "hansa deploy start study/client-0": "tests/deploy/test_processes.py",
-    "hansa deploy export study/client-0 client-0-bundle": "tests/deploy/test_processes.py",
-    "hansa report study/root/runs/study-seed0": "tests/deploy/test_processes.py",
-    "hansa report study/north/runs/study-seed0": "tests/deploy/test_processes.py",
-    "hansa redteam runs/NAME-seed0-safeguard/bundle --join": (
-        "tests/safeguard/test_redteam_command.py"
+    "hansa deploy up study": _DEPLOYED,
+    "hansa deploy start study/client-0": _DEPLOYED,  # by `deploy up`, for each party
+    "hansa deploy export study/client-0 client-0-bundle": (
+        "tests/deploy/test_processes.py::"
+        "test_a_deployment_gives_the_local_engines_bits_and_lives_through_faults"
     ),
-    "hansa search examples/search.toml --set searcher=by_cost --set prior=dna": (
-        "tests/search/test_searching.py"
+    "hansa prune runs/study-seed0/bundle --method magnitude --density 0.2": (
+        "tests/test_prune.py::test_the_command_prunes_trains_shrinks_and_prunes_again"
     ),
-    "hansa prune runs/study-seed0/bundle --method magnitude --density 0.2": "tests/test_prune.py",
 }
-"""Command -> the tests that run it, or the same with other names, in their own way."""
+"""Command -> the test that runs it, or the same with another name, folder or configuration."""
 
 EXCEPTED: dict[str, str] = {
     "hansa compare CONFIG ": "a form of command, run in other words above",
     "hansa safeguard CONFIG": "a form of command, run in other words above",
     "hansa redteam CONFIG ": "a form of command, run in other words above",
+    "hansa pipeline language": (
+        "minutes; tests/pipeline/test_language_pipeline.py runs a smaller one of the same kinds, "
+        "and joins the stages of this one"
+    ),
+    "hansa report study/": (
+        "a run that a deployment made; the same command on runs of one machine is run above"
+    ),
+    "hansa search examples/search.toml --set searcher=by_cost --set 'options={}' --set prior=": (
+        "a teacher and 135 blocks are trained, over a minute at the least; "
+        "tests/search/test_searching.py does the same in Python by a tiny recipe"
+    ),
     "hansa search table generate my.sqlite --recipe gratings16-w8 --models spread:240": (
         "an hour of training"
     ),
