@@ -1,4 +1,4 @@
-"""What a machine may do to a run beside killing it: a full disk, a clock that jumps.
+"""What a machine may do to a run beside killing it: a disk that takes nothing, a clock that jumps.
 
 Late and repeated answers, old requests that come again, and kills of every part are in
 ``federation/engines/test_remote.py`` and ``deploy/``; ``benchmarks/faults.py`` kills at random.
@@ -8,6 +8,7 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,46 @@ CONFIG: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, bytes], int]:
-    """An undisturbed run: its bundle's digest, its states, and how many files it synced."""
+def full(patch: pytest.MonkeyPatch, room: float) -> Iterator[int]:
+    """Have no file synced after the first ones, and return what counts them."""
     syncs = count()
+
+    def fsync(handle: int) -> None:
+        if next(syncs) >= room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(hansa.files.os, "fsync", fsync)
+    return syncs
+
+
+def read_only(patch: pytest.MonkeyPatch, room: float) -> Iterator[int]:
+    """Have no state or checkpoint opened after the first ones, and return what counts them."""
+    opens, usual = count(), Path.open
+
+    def opened(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        # States are written in place, all else beside its place.
+        if "w" in mode and path.suffix in (".msg", ".tmp") and next(opens) >= room:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return usual(path, mode, *args, **options)
+
+    patch.setattr(Path, "open", opened)
+    return opens
+
+
+DISKS: dict[Callable[[pytest.MonkeyPatch, float], Iterator[int]], str] = {
+    full: "No space left",
+    read_only: "Read-only file system",
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, bytes], Any]:
+    """An undisturbed run: its bundle's digest, its states, and how often it met each disk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hansa.files.os, "fsync", lambda handle: next(syncs))
+        met = {disk: disk(patch, float("inf")) for disk in DISKS}
         run = train({**CONFIG, "output": str(tmp_path_factory.mktemp("whole"))})
-    return read_bundle(run.path / "bundle").digest, states(run), next(syncs)
+    nums = {disk: next(calls) for disk, calls in met.items()}
+    return read_bundle(run.path / "bundle").digest, states(run), nums
 
 
 def states(run: Run) -> dict[str, bytes]:
@@ -52,22 +85,16 @@ def states(run: Run) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in found if path.is_file()}
 
 
+@pytest.mark.parametrize("disk", DISKS)
 @pytest.mark.parametrize("part", range(12))
-def test_a_disk_that_is_full_for_a_while_costs_no_state(
-    part: int, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_that_takes_nothing_for_a_while_costs_no_state(
+    part: int, disk: Any, whole: Any, tmp_path: Path
 ) -> None:
-    digest, expected, num = whole
+    digest, expected, nums = whole
     config = load({**CONFIG, "output": str(tmp_path)})
-    syncs = count()
-    room = part * num // 12
-
-    def fsync(handle: int) -> None:
-        if next(syncs) >= room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hansa.files.os, "fsync", fsync)
-        with pytest.raises((OSError, InputError), match="No space left"):
+    with pytest.MonkeyPatch.context() as patch:
+        disk(patch, part * nums[disk] // 12)
+        with pytest.raises((OSError, InputError), match=DISKS[disk]):
             completed(config)
     path = completed(config)
     assert read_bundle(path / "bundle").digest == digest

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tomllib
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tomli_w
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,13 +27,21 @@ from hansa.deploy.flwr_commands import answers
 from hansa.deploy.holding import Holding
 from hansa.deploy.layout import init, write_app
 from hansa.deploy.mailbox import Mailbox
+from hansa.deploy.member import ClientSite
 from hansa.deploy.options import read_deployment
 from hansa.deploy.party import Party
-from hansa.deploy.supervisor import Supervisor, check_port
+from hansa.deploy.supervisor import (
+    Supervisor,
+    _superlink_command,
+    _supernode_command,
+    check_port,
+)
 from hansa.errors import InputError
 from hansa.federation.engines.flower import check_version
-from hansa.federation.engines.flower.exchange import Answer, Request
+from hansa.federation.engines.flower.exchange import Answer, Kind, Request
+from hansa.federation.message import Message
 from hansa.federation.tree import ROOT
+from hansa.federation.wire import encode
 
 TREE: dict[str, Any] = {
     "federations": {"north": {}, "south": {"deadline": 100.0}},
@@ -387,6 +397,48 @@ def test_a_party_whose_certificates_have_expired_does_not_start(party, file, tmp
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert f"{file}: found a certificate that expired on" in line
+
+
+def test_a_request_that_unfolds_to_more_than_its_model_is_refused(tmp_path) -> None:
+    """A few hundred bytes that stand for eight megabytes of zeros, to a model of some hundred."""
+    made = tmp_path / "made"
+    init(read_deployment(description(tmp_path)), made)
+    folder = made / "client-2"
+    charter = Charter.read(made / "root" / "app" / "federation.toml")
+    site = ClientSite(charter, Holding.of(Party.read(folder), folder))
+    huge = torch.zeros(2 << 20).index_fill_(0, torch.tensor([5]), 1.0)
+    body = encode(Message({"model": {"w": huge}}))
+    assert len(body) < 1000
+    for kind in get_args(Kind)[1:3]:
+        answer = site.answer(Request(kind, "r", "root/client-2", 1, body=body))
+        assert answer.status == "refused"
+        assert "unfolds to more than the limit" in answer.error
+
+
+def test_flowers_processes_are_started_with_tls_and_keys_and_on_the_loopback(tmp_path) -> None:
+    made = tmp_path / "made"
+    init(read_deployment(description(tmp_path)), made)
+    folder = made / "north"  # which has both
+    party = Party.read(folder)
+    assert party.upward
+    superlink, supernode = (
+        command(folder, party) for command in (_superlink_command, _supernode_command)
+    )
+    for command, files in (
+        (superlink, {"--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certfile"}),
+        (supernode, {"--root-certificates", "--auth-supernode-private-key"}),
+    ):
+        given = dict(pairwise(command))
+        assert given["--host"] == "127.0.0.1"
+        assert all(Path(given[option]).is_file() for option in files)
+        assert "--insecure" not in command
+    assert "--enable-supernode-auth" in superlink
+    # What Flower's own programs make of them.
+    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
+
+    found = _parse_args_run_supernode().parse_args(supernode[4:])
+    assert (found.host, found.port) == ("127.0.0.1", party.upward.runtime_port)
+    assert not found.insecure
 
 
 def test_a_superlink_that_is_killed_as_it_starts_is_no_reason_to_end(tmp_path) -> None:

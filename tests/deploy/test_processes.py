@@ -114,10 +114,13 @@ def test_a_federation_of_federations_gives_the_hand_computed_number(running, tmp
         assert float(weights["w"]) == 5.25
         assert same(weights, _tree_on_the_local_engine(tmp_path / "data"))
         until(lambda: all(finished(party)() for party in (north, south)), "told of the end", place)
-        for name in strangers:
+        for name, why in strangers.items():
             log = (tmp_path / "strangers" / f"{name}.log").read_text(errors="replace")
             assert "SuperNode ID" not in log, name
-            assert any(word in log for word in ("Exit Code", "rror", "retrying")), log
+            assert why in log, log
+        # Of a wrong time the SuperLink does not tell the node.
+        told_off = (root / "logs" / "superlink.log").read_text(errors="replace")
+        assert told_off.count('"POST /v1/fleet/activate-node HTTP/1.1" 401') == 1
     ledger = Run(root / "runs" / "tree-seed0").history.table("ledger").to_pylist()
     assert {row["node"] for row in ledger} == {"root/north", "root/south"}
     assert {row["fate"] for row in ledger} == {"ok"}
@@ -148,38 +151,54 @@ def _tree_on_the_local_engine(folder: Path) -> Mapping[str, torch.Tensor]:
     return federation.model_of("root").state_dict()
 
 
+AN_HOUR_LATE = """
+from datetime import timedelta
+from flwr.supernode import node_auth_http_interceptor as signing
+from flwr.supernode.cli.flower_supernode import flower_supernode
+now = signing.now
+signing.now = lambda: now() - timedelta(hours=1)
+flower_supernode()
+"""
+
+
 @contextmanager
-def _strangers(place: Path, folder: Path, port: int) -> Iterator[list[str]]:
-    """Start SuperNodes that have no business at the root."""
+def _strangers(place: Path, folder: Path, port: int) -> Iterator[dict[str, str]]:
+    """Start SuperNodes that have no business at the root; yields what each says of its end."""
     folder.mkdir()
     write_node_key(folder / "node.key")
-    member = place / "north" / "member"
+    supernode = [str(BIN / "flower-supernode")]
+    member, key = place / "north" / "member", "--auth-supernode-private-key"
     authority = ["--root-certificates", str(member / "superlink-ca.crt")]
+    unknown = "[code: 2004] Failed to activate SuperNode"
+    no_tls = "Server disconnected without sending a response"
     cases = {
-        "wrong key": [*authority, "--auth-supernode-private-key", str(folder / "node.key")],
+        "wrong key": ([*supernode, *authority, key, str(folder / "node.key")], unknown),
         # What lets it into north does not let it into the root.
-        "another federation's": [
-            *authority,
-            *("--auth-supernode-private-key", str(place / "n1" / "member" / "node.key")),
-        ],
-        "no certificate": ["--insecure"],
+        "another federation's": (
+            [*supernode, *authority, key, str(place / "n1" / "member" / "node.key")],
+            unknown,
+        ),
+        "no certificate": ([*supernode, "--insecure", "--max-retries", "2"], no_tls),
+        # As one would be that sends again what a member has signed.
+        "another time": (
+            [sys.executable, "-c", AN_HOUR_LATE, *authority, key, str(member / "node.key")],
+            "SuperNode terminated gracefully",
+        ),
     }
     started = []
-    for number, (name, options) in enumerate(cases.items()):
+    for number, (name, (program, _)) in enumerate(cases.items()):
         runtime = str(port + 1500 + number)
+        options = ["--superlink", f"127.0.0.1:{port}", "--port", runtime, "--isolation", "process"]
         with (folder / f"{name}.log").open("wb") as log:
             stranger = subprocess.Popen(
-                [
-                    str(BIN / "flower-supernode"),
-                    *("--superlink", f"127.0.0.1:{port}", "--port", runtime, *options),
-                ],
+                [*program, *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0"},
             )
             started.append(stranger)
     try:
-        yield list(cases)
+        yield {name: why for name, (_, why) in cases.items()}
     finally:
         for stranger in started:
             stranger.kill()

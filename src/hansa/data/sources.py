@@ -152,7 +152,7 @@ def _hub(name: str, options: SourceOptions) -> Source:
         ) from error
     try:
         # Of which state is for whoever names the data set to say; it is data and never code.
-        loaded = datasets.load_dataset(name, split=options.hub_split)  # nosec B615
+        loaded = datasets.load_dataset(name, split=options.hub_split)  # nosec B615 # data, never code
     except Exception as error:  # the library raises a dozen kinds, of three other libraries
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(

@@ -136,7 +136,7 @@ def hub_table(name: str, split: str, key: str) -> Any:
         ) from error
     try:
         # Of which state is for whoever names the data set to say; it is data and never code.
-        return datasets.load_dataset(name, split=split)  # nosec B615
+        return datasets.load_dataset(name, split=split)  # nosec B615 # data, never code
     except Exception as error:  # the library raises a dozen kinds, of three other libraries
         raise InputError(
             key,

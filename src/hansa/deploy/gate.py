@@ -19,7 +19,8 @@ from hansa.deploy.party import Party
 from hansa.errors import InputError
 
 MEMBERS = "/v1/fleet/"
-"""What a SuperNode calls; everything there but its arrival is signed with the node's key."""
+"""What a SuperNode calls. Every call there carries the time, signed with the node's key, which says
+who calls; what is said is not signed, and rests on TLS."""
 _HOP = {"connection", "host", "content-length", "transfer-encoding", "keep-alive", "te", "upgrade"}
 _PATIENCE = 60.0  # seconds that the SuperLink has to answer
 _LARGEST = 64 << 20  # bytes of one call; Flower sends 5 MB at a time

@@ -11,7 +11,7 @@ from hansa.deploy.mailbox import Mailbox
 from hansa.deploy.party import Party, tell
 from hansa.errors import first_line
 from hansa.federation.engines.flower.exchange import Answer
-from hansa.federation.engines.flower.site import LeafWorker, Site
+from hansa.federation.engines.flower.site import LeafWorker, Site, largest
 from hansa.federation.leaf import Leaf
 
 
@@ -30,7 +30,8 @@ class ClientSite:
         client, config = holding.client(charter), charter.config
         leaf = Leaf(config.method, holding.setup(charter), config.seed)
         path = holding.path
-        self.answer = Site(path, holding.folder, LeafWorker(path, client, leaf)).answer
+        worker, most = LeafWorker(path, client, leaf), largest(leaf.setup.task)
+        self.answer = Site(path, holding.folder, worker, max_bytes=most).answer
 
 
 def work(folder: Path) -> None:

@@ -21,7 +21,7 @@ from hansa.federation.aggregation import add_metrics
 from hansa.federation.engines.engine import RoundResult, trained, with_trained
 from hansa.federation.engines.flower.grid import Grid, GridPost
 from hansa.federation.engines.flower.remote import RemoteEngine
-from hansa.federation.engines.flower.site import Site
+from hansa.federation.engines.flower.site import Site, largest
 from hansa.federation.engines.plan import Plan
 from hansa.federation.federation import is_due
 from hansa.federation.leaf import DivergedError, Metrics, Scores
@@ -167,7 +167,8 @@ class _Server:
         self.meet(is_new)
         mailbox = Mailbox(self.folder / "mailbox")
         worker = FederationWorker(self.engine, self.run, self._federations)
-        site = Site(self.charter.path, self.folder / "state", worker)
+        most = largest(self.engine.setup.task)
+        site = Site(self.charter.path, self.folder / "state", worker, max_bytes=most)
         self._tell("running", "nothing asked of it yet")
         for request in mailbox.requests():
             if request is None:

@@ -381,7 +381,8 @@ def _supernode_command(folder: Path, party: Party) -> list[str]:
     return [
         *(sys.executable, "-m", "hansa.federation.engines.flower.supernode"),
         str(party.upward.look),
-        *("--superlink", party.upward.superlink, "--port", str(party.upward.runtime_port)),
+        *("--superlink", party.upward.superlink),
+        *("--host", "127.0.0.1", "--port", str(party.upward.runtime_port)),
         *("--isolation", "process"),
         *("--root-certificates", str(member / "superlink-ca.crt")),
         *("--auth-supernode-private-key", str(member / "node.key")),

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from direct import Direct, late, rounds
+from hansa.federation.engines.flower import grid
 from hansa.federation.engines.flower.exchange import (
     Answer,
     LetterError,
@@ -255,6 +256,84 @@ def test_a_reply_of_no_use_is_left_out_and_named(case, tmp_path, caplog) -> None
     run(expected, 2)
     rounds(alone, 2)
     assert same(alone.state().group("model"), expected.state().group("model"))
+
+
+def test_last_rounds_answer_does_not_count_again(tmp_path) -> None:
+    found, alone = (remote(engine(FedAvg()), tmp_path / name) for name in ("found", "alone"))
+    assert isinstance(found.post, Direct)
+    assert isinstance(alone.post, Direct)
+    sent: list[Answer] = []
+    found.post.spoil["root/c1", 1] = lambda answer: sent.append(answer) or answer
+    found.post.spoil["root/c1", 2] = lambda answer: sent[0]
+    alone.post.spoil["root/c1", 2] = late
+    (_, visit, _) = rounds(found)[1].visits
+    assert (visit.fate, visit.up) == ("excluded", 0)
+    assert "'c1' in round 1, not what was asked" in visit.error
+    rounds(alone)
+    assert encoded(found.state()) == encoded(alone.state())
+
+
+class Repeating:
+    """A Grid of Flower's before sites in this process: it hands out every reply twice over.
+
+    Args:
+        sites: of all nodes.
+        spoil: what it hands out for the second round's work of c1.
+    """
+
+    def __init__(self, sites: dict[str, Site], spoil: str) -> None:
+        self.sites, self.spoil = dict(enumerate(sites.values())), spoil
+        self.replies: dict[str, tuple[Request, RecordDict]] = {}
+        self.before: RecordDict | None = None
+
+    def get_nodes(self) -> list[Any]:
+        about = {"public_key": b"", "last_activated_at": "now"}
+        return [SimpleNamespace(node_id=node, **about) for node in self.sites]
+
+    def push_messages(self, messages: list[tuple[Request, int]]) -> list[str]:
+        ((request, node),) = messages
+        ticket = str(len(self.replies))
+        self.replies[ticket] = request, to_records(self.sites[node].answer(request))
+        return [ticket]
+
+    def pull_messages(self, tickets: list[str]) -> list[Any]:
+        (ticket,) = tickets
+        request, content = self.replies[ticket]
+        if (request.kind, request.path) == ("train", "root/c1"):
+            if request.round == 2 and self.spoil == "garbage":
+                raise ValueError("no message")
+            if request.round == 2 and self.spoil == "replay" and self.before is not None:
+                content = self.before
+            self.before = content
+        return [SimpleNamespace(has_error=lambda: False, content=content)] * 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [("", ""), ("replay", "'c1' in round 1, not what"), ("garbage", "garbage for a message")],
+)
+def test_nothing_counts_twice_that_a_grid_delivers_twice(spoil, why, tmp_path, monkeypatch) -> None:
+    # A message of Flower's exists within a run alone; here the request stands for it.
+    monkeypatch.setattr(grid, "message_of", lambda request, node, ttl: (request, node))
+    found, alone = (remote(engine(FedAvg()), tmp_path / name) for name in ("found", "alone"))
+    assert isinstance(alone.post, Direct)
+    assert isinstance(found.post, Direct)
+    there: Any = Repeating(found.post.sites, spoil)
+    post = grid.GridPost(there, "run", found.post.sites)
+    post.wait(list(found.post.sites), 30.0)
+    found.post = post
+    if spoil:
+        alone.post.spoil["root/c1", 2] = late
+    results = rounds(found)
+    assert [visit.fate for visit in results[1].visits] == [
+        "ok",
+        "excluded" if spoil else "ok",
+        "ok",
+    ]
+    assert why in results[1].visits[1].error
+    assert [visit.fate for visit in results[2].visits] == ["ok"] * 3
+    rounds(alone)
+    assert encoded(found.state()) == encoded(alone.state())
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold", "fedselect"])

@@ -18,7 +18,7 @@ from hansa.federation.engines.flower.exchange import (
     Request,
     Ticket,
 )
-from hansa.federation.engines.flower.site import decoded, encoded, scores_of
+from hansa.federation.engines.flower.site import decoded, encoded, largest, scores_of
 from hansa.federation.leaf import DivergedError, Scores
 from hansa.federation.message import Message, State, check_finite
 from hansa.federation.methods.base import Method
@@ -29,8 +29,6 @@ from hansa.federation.tree import ROOT, Tree, name_of
 from hansa.federation.wire import csr_size
 
 _log = logging.getLogger("hansa.flower")
-_LARGEST = 8  # times the model that a reply may unfold to
-_SMALL = 1 << 20  # bytes beside it
 
 
 @dataclass(frozen=True)
@@ -257,7 +255,7 @@ class RemoteEngine(Engine):
             LostError: it cannot.
         """
         try:
-            reply = decoded(answer.body, _LARGEST * self._model_bytes + _SMALL)
+            reply = decoded(answer.body, largest(self.setup.task))
             metrics = {n: p for n, p in answer.metrics.items() if n not in trained(answer.metrics)}
             self.check_reply(sent.node, sent.state, ask.path, reply, metrics)
             if not reply:
@@ -270,11 +268,6 @@ class RemoteEngine(Engine):
         except Exception as error:  # bytes from another machine may break a method anywhere
             raise LostError("excluded", f"a reply of no use: {first_line(error)}") from error
         return reply
-
-    @property
-    def _model_bytes(self) -> int:
-        task = self.setup.task
-        return sum(t.nbytes for t in (*task.params.values(), *task.buffers.values()))
 
     def _known(self, path: str) -> dict[str, int]:
         """Return child -> the last round whose reply was kept."""

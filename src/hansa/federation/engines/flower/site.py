@@ -30,8 +30,11 @@ from hansa.federation.stack import Stack
 from hansa.federation.store import DiskStore, Store
 from hansa.federation.wire import MAX_BYTES, decode, encode
 from hansa.files import write_atomic
+from hansa.models.task import Task
 
 _log = logging.getLogger("hansa.flower")
+_LARGEST = 8  # times the model that a message may unfold to
+_SMALL = 1 << 20  # bytes beside it
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -100,13 +103,19 @@ class Site:
         folder: where its states lie, a folder for each run.
         worker: does the work.
         facts: more about the node, for ``hello``.
+        max_bytes: what a request's message may unfold to; ``largest`` where the model is known.
     """
 
     def __init__(
-        self, path: str, folder: Path, worker: Worker, facts: dict[str, str | int] | None = None
+        self,
+        path: str,
+        folder: Path,
+        worker: Worker,
+        facts: dict[str, str | int] | None = None,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         self.path, self._folder, self._worker = path, folder, worker
-        self._facts = facts or {}
+        self._facts, self._max_bytes = facts or {}, max_bytes
 
     def answer(self, request: Request) -> Answer:
         """Return the answer to a request; what cannot be answered is refused in words."""
@@ -146,7 +155,8 @@ class Site:
         # What this round answered before, if it did, stood on what is being undone.
         (folder / "answer").unlink(missing_ok=True)
         write_atomic(folder / "known", str(request.known))
-        reply, metrics = self._worker.train(request.round, store, decoded(request.body))
+        down = decoded(request.body, self._max_bytes)
+        reply, metrics = self._worker.train(request.round, store, down)
         store.commit(request.round)
         answer = Answer(self.path, request.round, metrics=metrics, body=encoded(reply))
         write_atomic(folder / "answer", f"{request.digest}\n".encode() + to_bytes(answer))
@@ -155,7 +165,8 @@ class Site:
     def _scored(self, request: Request, folder: Path) -> Answer:
         self._check_known(request, folder)
         store = DiskStore(folder / "states", request.known, reads_only=True)
-        scores = self._worker.score(request.round, store, decoded(request.body))
+        down = decoded(request.body, self._max_bytes)
+        scores = self._worker.score(request.round, store, down)
         flat = {f"{split}/{n}": pair for split, ms in scores.items() for n, pair in ms.items()}
         return Answer(self.path, request.round, metrics=flat)
 
@@ -201,6 +212,12 @@ def scores_of(answer: Answer) -> Scores:
 def encoded(message: Message) -> bytes:
     """Return a message as bytes, none for an empty one."""
     return encode(message) if message else b""
+
+
+def largest(task: Task) -> int:
+    """Return the bytes that a message about a task's model may unfold to, either way."""
+    model = sum(t.nbytes for t in (*task.params.values(), *task.buffers.values()))
+    return _LARGEST * model + _SMALL
 
 
 def decoded(body: bytes, max_bytes: int = MAX_BYTES) -> Message:

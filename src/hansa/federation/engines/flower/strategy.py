@@ -21,7 +21,7 @@ from hansa.federation.engines.flower.apps import Answering, client_app
 from hansa.federation.engines.flower.exchange import Answer, LostError, Request, Ticket
 from hansa.federation.engines.flower.grid import GridPost, answer_in, message_of
 from hansa.federation.engines.flower.remote import RemoteEngine
-from hansa.federation.engines.flower.site import LeafWorker, Site
+from hansa.federation.engines.flower.site import LeafWorker, Site, largest
 from hansa.federation.federation import check_batches, check_model
 from hansa.federation.leaf import Leaf, Metrics
 from hansa.federation.methods.base import Method
@@ -257,7 +257,8 @@ def node_app(
 
     def site(context: Context) -> Answering:
         path, client, folder = place_of(context, data, task, training.batch_size)
-        return Site(path, folder, LeafWorker(path, client, leaf)).answer
+        worker, most = LeafWorker(path, client, leaf), largest(setup.task)
+        return Site(path, folder, worker, max_bytes=most).answer
 
     return client_app(site)
 
