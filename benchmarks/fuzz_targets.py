@@ -179,7 +179,7 @@ def letters(folder: Path) -> list[bytes]:
 class Idle:
     """A worker that gives back what it is told."""
 
-    samples, largest = 3, 1 << 20
+    samples = 3
 
     def train(self, number: int, store: Any, down: Message) -> tuple[Message, dict[str, Any]]:
         """Keep the message as the node's state."""
