@@ -120,18 +120,15 @@ def test_training_from_a_tampered_bundle_is_refused_and_overwrites_nothing(
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+SPENT: dict[str, dict[str, Any]] = {
+    "north": {"unit": "gradient", "noise": 1.0, "delta": 1e-5, "epsilon": None, "drawn": "seed"}
+}
+
+
 def test_show_tells_what_the_card_says(tmp_path, monkeypatch, capsys) -> None:
     parent = stored(
         tmp_path / "a",
-        privacy={
-            "north": {
-                "unit": "gradient",
-                "noise": 1.0,
-                "delta": 1e-5,
-                "epsilon": None,
-                "drawn": "seed",
-            }
-        },
+        privacy=SPENT,
         labels=["[red]cat", "dog", "eel"],
     )
     kept = {"layers.0.weight": torch.tensor([[True, False, False, False]] * 4)}
@@ -147,20 +144,7 @@ def test_show_tells_what_the_card_says(tmp_path, monkeypatch, capsys) -> None:
     assert list(told["density"]["kept"]["tensors"].values()) == [
         {"share": 0.25, "held": 4, "of": 16}
     ]
-    assert told["privacy"] == [
-        {
-            "stage": "train",
-            "nodes": {
-                "north": {
-                    "unit": "gradient",
-                    "noise": 1.0,
-                    "delta": 1e-5,
-                    "epsilon": None,
-                    "drawn": "seed",
-                }
-            },
-        }
-    ]
+    assert told["privacy"] == [{"stage": "train", "nodes": SPENT}]
     assert told["labels"] == ["[red]cat", "dog", "eel"]
     assert told["config"] == {"rounds": 2}
     assert run(monkeypatch, "bundle", "show", tmp_path / "b", "--config") == 0

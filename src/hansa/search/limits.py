@@ -39,13 +39,14 @@ class Limits(BaseModel):
             InputError: an unknown device, or limits that no model keeps, with the least there is.
         """
         kept = self.within({name: table.column(name) for name in COSTS})
+        if not self.is_of_a_device:
+            return kept
+        found = 1000 * table.latencies(self.device_of(table), self.batch)
         if self.latency is not None:
-            found = 1000 * table.latencies(self.device_of(table), self.batch)
             kept &= found <= self.latency
             least = f"{found[found == found].min():.3g} ms"
             _check(kept.any(), "limits.latency", f"{self.latency} ms", least)
         if self.fastest is not None:
-            found = table.latencies(self.device_of(table), self.batch)
             kept &= found <= np.nanquantile(found, self.fastest)
             _check(kept.any(), "limits.fastest", self.fastest, "1")
         return kept

@@ -23,7 +23,6 @@ from hansa.federation.engines.flower.exchange import (
     from_bytes,
     to_bytes,
 )
-from hansa.federation.engines.flower.grid import answer_in
 from hansa.federation.engines.flower.records import from_records, to_records
 from hansa.federation.engines.flower.remote import RemoteEngine
 from hansa.federation.engines.flower.site import LeafWorker, Site, encoded
@@ -232,7 +231,7 @@ def test_an_answer_that_cannot_be_read_is_excluded(about) -> None:
     # Flower makes messages within a run alone; these are the two things that are asked of one.
     message: Any = SimpleNamespace(has_error=lambda: False, content=RecordDict(dict(told)))
     with pytest.raises(LostError, match="garbage for an answer") as error:
-        answer_in(message)
+        grid.answer_in(message)
     assert error.value.fate == "excluded"
 
 
