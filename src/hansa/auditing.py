@@ -117,12 +117,15 @@ def audit(
         _log.removeFilter(hide)
 
 
-def with_audit(path: str | Path, summary: Mapping[str, Any], out: str | Path) -> Path:
+def with_audit(
+    path: str | Path, summary: Mapping[str, Any], options: AuditOptions, out: str | Path
+) -> Path:
     """Write the bundle that was audited again, with what was found in its card.
 
     Args:
         path: folder of the bundle, which becomes the new one's parent.
         summary: what the audit of it found.
+        options: how it was audited, which stands in the card under ``config.audit``.
         out: the folder to make.
 
     Raises:
@@ -133,7 +136,10 @@ def with_audit(path: str | Path, summary: Mapping[str, Any], out: str | Path) ->
         name: {arm: figures["adopted"] for arm, figures in defence["arms"].items()}
         for name, defence in summary["defences"].items()
     }
-    bundle.restated(bundle.read_bundle(path), Path(out), "audit", told)
+    target = {"kind", "template", "max_tokens"}  # others are of targets that are no bundle
+    asked = options.model_dump(mode="json", exclude={"name", "output", "target"})
+    asked["target"] = options.target.model_dump(mode="json", include=target)
+    bundle.restated(bundle.read_bundle(path), Path(out), "audit", told, asked)
     return Path(out)
 
 

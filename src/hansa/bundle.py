@@ -170,14 +170,17 @@ def write(
     return read_bundle(path)
 
 
-def restated(parent: Bundle, path: Path, stage: str, found: Mapping[str, Any]) -> Bundle:
+def restated(
+    parent: Bundle, path: Path, stage: str, found: Mapping[str, Any], config: Mapping[str, Any]
+) -> Bundle:
     """Write a bundle again, with what a stage that leaves its weights alone has found.
 
     Args:
         parent: the bundle.
         path: the folder to make, or an older bundle to replace.
-        stage: what was found by, which is also its key among the metrics.
+        stage: what was found by, which is also its key among the metrics and in the configuration.
         found: what was found, as JSON values.
+        config: how, as JSON values.
 
     Raises:
         InputError: the path holds something that is no bundle.
@@ -187,7 +190,7 @@ def restated(parent: Bundle, path: Path, stage: str, found: Mapping[str, Any]) -
         stage=stage,
         weights=parent.weights,
         architecture=parent.architecture,
-        config=parent.card["config"],
+        config={**parent.card["config"], stage: config},
         seed=parent.card["seed"],
         data=parent.card["data"],
         metrics={**parent.card["metrics"], stage: found},

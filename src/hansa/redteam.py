@@ -32,7 +32,7 @@ from hansa.safeguard.attacks import Probe
 from hansa.safeguard.grid import Bench, cells_of, check_parts, run
 from hansa.safeguard.models import Loaded, load_model
 from hansa.safeguard.opened import open_data
-from hansa.safeguard.redteam_options import Attack, Edit
+from hansa.safeguard.redteam_options import Attack, Edit, RedteamOptions
 from hansa.safeguard.rows import Data
 from hansa.safeguard.scorecard import Facts, scorecard
 from hansa.safeguard.scorecard_text import CLAIM, markdown
@@ -100,18 +100,23 @@ def redteam(
         write_atomic(path / "scorecard.json", json.dumps(card, indent=2) + "\n")
         write_atomic(path / "scorecard.md", markdown(card))
         page = report(path / "report.html", card, config.as_toml())
-        joined = with_scorecard(models.paths["safeguarded"], card) if join else None
+        safeguarded = models.paths["safeguarded"]
+        joined = with_scorecard(safeguarded, card, config.redteam) if join else None
     return Redteamed(path, card, page, joined)
 
 
 def with_scorecard(
-    path: str | Path, card: Mapping[str, Any], out: str | Path | None = None
+    path: str | Path,
+    card: Mapping[str, Any],
+    options: RedteamOptions,
+    out: str | Path | None = None,
 ) -> Path:
     """Write a bundle again, with a scorecard in its card under ``metrics.redteam``.
 
     Args:
         path: folder of the bundle, which becomes the new one's parent.
         card: its scorecard.
+        options: how it was attacked, which stands in the card under ``config.redteam``.
         out: the folder to make; by default ``NAME-redteam`` beside the bundle.
 
     Raises:
@@ -124,7 +129,8 @@ def with_scorecard(
     whole = Path(path).resolve()
     beside = whole.with_name(f"{whole.name}-redteam") if out is None else Path(out)
     told = {"claim": CLAIM, **{key: card[key] for key in _TOLD}}
-    bundle.restated(parent, beside, "redteam", told)
+    asked = options.model_dump(mode="json", exclude_none=True, exclude={"processes"})
+    bundle.restated(parent, beside, "redteam", told, asked)
     return beside
 
 

@@ -156,7 +156,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
         made = read_bundle(source).card["config"]
         if "phases" not in made:
             raise InputError(str(source), "a bundle without a safeguard", "a safeguard's bundle")
-        source = made
+        source = {key: value for key, value in made.items() if key in SafeguardConfig.model_fields}
     values = values_of(source, overrides)
     try:
         return SafeguardConfig.model_validate(values)

@@ -32,6 +32,7 @@ from hansa.deploy.options import read_deployment
 from hansa.deploy.party import Party
 from hansa.deploy.supervisor import (
     Supervisor,
+    _is_alive,
     _superlink_command,
     _supernode_command,
     check_port,
@@ -450,6 +451,16 @@ def test_a_superlink_that_is_killed_as_it_starts_is_no_reason_to_end(tmp_path) -
         process.wait()
         with contextlib.nullcontext() if mends else pytest.raises(InputError, match="SuperLink"):
             assert not party._is_healthy()
+
+
+def test_a_process_that_was_killed_is_not_alive_before_somebody_waits_for_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert _is_alive(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not _is_alive(process.pid)
+    assert not _is_alive(process.pid)
+    assert not _is_alive(0)
 
 
 def test_a_port_that_is_taken_is_named_at_once(tmp_path) -> None:

@@ -109,6 +109,8 @@ def test_a_federation_of_federations_gives_the_hand_computed_number(running, tmp
         until(at_work(root, 3), "in round 3", place)
         states = DiskStore(root / "runs" / "tree-seed0" / "states", 2, reads_only=True)
         assert float(states.get("root").group("model")["w"]) == 4.5
+        # Alone, it is waited for by nobody: its SuperLink's helper lives on.
+        kill(named(processes(root), "bin/flwr-serverapp"))
         until(finished(root), "finished", place)
         weights = read_bundle(root / "runs" / "tree-seed0" / "bundle").weights
         assert float(weights["w"]) == 5.25

@@ -8,6 +8,7 @@ import pytest
 
 from hansa.bundle import read_bundle
 from hansa.errors import InputError
+from hansa.handover import export
 from hansa.pipeline import load, pipeline, plan
 from tampering import SMALL, tar
 
@@ -80,7 +81,7 @@ def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_what_is_kept_is_trained_on_and_part_of_it_withheld() -> None:
+def test_what_is_kept_is_trained_on_and_part_of_it_withheld(tmp_path: Path) -> None:
     made = pipeline(values())
     assert [stage.state for stage in made.stages] == ["done"] * 6
     by_name = {stage.name: stage for stage in made.stages}
@@ -104,6 +105,12 @@ def test_what_is_kept_is_trained_on_and_part_of_it_withheld() -> None:
     last = read_bundle(made.path / str(by_name["audit"].bundle))
     assert [step["stage"] for step in last.lineage][-2:] == ["redteam", "audit"]
     assert last.card["metrics"]["audit"]["verdict"] == "no conclusion"
+    for name in ("redteam", "audit"):
+        assert name in last.card["config"], "how it was attacked and audited is in the card"
+    assert "processes" not in last.card["config"]["redteam"], "which changes no result"
+    folder = str(made.path / str(by_name["audit"].bundle))
+    told = export(folder, tmp_path / "exported", "transformers")
+    assert told["difference"] < 1e-4
     again = pipeline(values())
     assert [stage.digest for stage in again.stages] == [stage.digest for stage in made.stages]
 

@@ -12,6 +12,7 @@ import tomli_w
 from hansa.bundle import read_bundle
 from hansa.cli import main
 from hansa.errors import InputError
+from hansa.handover import export
 from hansa.pipeline import pipeline, plan
 
 DATA = {"clients": 3, "partition": {"kind": "shards", "classes": 4}, "train_per_class": 6}
@@ -63,6 +64,8 @@ def test_each_stage_starts_from_the_bundle_before_it_and_done_ones_are_kept() ->
     assert last.kept, "pruned weights stay pruned"
     clients = made.path / made.stages[-1].folder / "clients"
     assert len([read_bundle(folder) for folder in clients.iterdir()]) == 3
+    for number, bundle in enumerate([made.path / str(made.stages[-1].bundle), *clients.iterdir()]):
+        assert export(bundle, f"onnx-{number}", "onnx")["difference"] < 1e-4
     told = json.loads((made.path / "pipeline.json").read_text())
     assert told["finished"] is True
     assert [stage["digest"] for stage in told["stages"]] == [s.digest for s in made.stages]
@@ -84,6 +87,18 @@ def test_a_change_repeats_what_depends_on_it_and_one_taken_back_finds_what_was_t
     assert {name: after[name] for name in before} == before, "nothing is overwritten"
     assert pipeline(values()).stages == first.stages
     assert files(first.path) == after
+
+
+def test_what_changes_no_result_repeats_nothing() -> None:
+    made = pipeline(values())
+    before = files(made.path)
+    other = ["engine.workers=1", "engine.state_memory_mb=64", 'tracking=["tensorboard"]']
+    again = pipeline(values(), overrides=[f"train.{text}" for text in other])
+    assert again.stages == made.stages
+    assert files(made.path) == before
+    keys = [stage.key for stage in plan(values(), overrides=["train.engine.kind=sequential"])]
+    assert keys[0] == made.stages[0].key
+    assert keys[1] != made.stages[1].key
 
 
 class Killed(BaseException):

@@ -1,8 +1,10 @@
+import itertools
 import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.axes import Axes
 
 import hansa
 from hansa.report import report
@@ -144,6 +146,37 @@ def test_a_heat_map_draws_gaps_and_many_rows() -> None:
     text = heatmap(many, title="t", x="x", y="y")
     assert text.count(">50</text>") == 0
     assert "<image" not in text
+
+
+def test_one_round_is_one_tick() -> None:
+    texts = re.findall(r">([^<>]+)</text>", lines({"a": [(5, 1.0)]}, title="t", x="round", y="y"))
+    assert "5" in texts
+    assert not [text for text in texts if text.startswith(("4.", "5."))]
+
+
+def test_lines_differ_in_more_than_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, str, str]] = []
+    plain = Axes.plot
+
+    def noted(axes: Axes, *args: object, **style: str) -> object:
+        drawn.append((style["color"], style["marker"], style["linestyle"]))
+        return plain(axes, *args, **style)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    lines({f"run {k}": [(0, k), (1, k)] for k in range(24)}, title="t", x="x", y="y")
+    colours, markers, dashes = zip(*drawn, strict=True)
+    assert len(set(zip(colours, markers, strict=True))) == 24
+    assert len(set(zip(colours, dashes, strict=True))) == 24
+    neighbours = [(first, second) for first, second in itertools.pairwise(drawn)]
+    assert all(first[1] != second[1] for first, second in neighbours), "told apart without colour"
+
+
+def test_the_density_of_sparse_training_is_drawn(tmp_path) -> None:
+    model = {"options": {"hidden": [64, 64]}}
+    method = {"name": "zerofl", "sparsity": 0.9}
+    run = hansa.train(config(tmp_path, method=method, rounds=2, model=model))
+    text = report([run]).read_text()
+    assert "Weights that are not zero" in re.findall(r'aria-label="([^"]*)"', text)
 
 
 def test_entries_that_nobody_shares_are_drawn(tmp_path) -> None:

@@ -18,6 +18,7 @@ from hansa.errors import InputError
 from hansa.handover.card import model_card
 from hansa.redteam import redteam, with_scorecard
 from hansa.safeguard.world import World
+from hansa.safeguard_config import load
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -117,10 +118,11 @@ def test_a_bundle_alone(command: Run, folder: Path) -> None:
 
 
 def test_a_scorecard_joins_its_own_bundle_alone(folder: Path) -> None:
-    card = redteam(attacked.config(folder.parent, attacks=[], seeds=[0])).scorecard
+    config = attacked.config(folder.parent, attacks=[], seeds=[0])
+    card, options = redteam(config).scorecard, load(config).redteam
     with pytest.raises(InputError, match="the scorecard of"):
-        with_scorecard(folder / "models" / "before" / "bundle", card)
-    assert with_scorecard(folder / "bundle", card) == folder / "bundle-redteam"
+        with_scorecard(folder / "models" / "before" / "bundle", card, options)
+    assert with_scorecard(folder / "bundle", card, options) == folder / "bundle-redteam"
 
 
 @pytest.mark.parametrize(

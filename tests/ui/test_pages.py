@@ -10,6 +10,7 @@ import pytest
 
 import hansa
 from browser import Tab, tab
+from hansa.pipeline import pipeline
 from hansa.ui import Server
 from serving import serving
 from support import config
@@ -215,3 +216,28 @@ def test_a_run_under_way_is_seen_to_go_on(browser, tmp_path) -> None:
                 assert process.wait(timeout=60) == 0
             finally:
                 process.kill()
+
+
+def test_a_pipeline_under_way_is_seen_to_go_on(browser, tmp_path) -> None:
+    values: dict[str, Any] = {
+        "name": "short",
+        "output": str(tmp_path),
+        "common": {"data": {"clients": 2, "train_per_class": 4, "validation_per_class": 1}},
+        "stages": [
+            {"kind": "prune", "config": {"pruning": {"method": "snip", "density": 0.5}}},
+            {"kind": "train", "config": {"rounds": 2}},
+        ],
+    }
+    pipeline(values, until="prune")
+    with serving(tmp_path) as server, tab(browser) as made, tab(browser) as other:
+        listed = opened(made, server.url)
+        listed.locator(SHOWN).get_by_text("1 of 2").wait_for()
+        page = opened(other, f"{server.url}run?path=short-seed0")
+        assert page.locator(SHOWN).nth(1).locator("td").nth(1).inner_text() == "waiting"
+        pipeline(values)
+        listed.locator(SHOWN).get_by_text("2 of 2").wait_for()
+        page.get_by_text("2 of 2 stages").wait_for()
+        row = page.locator(SHOWN).nth(1)
+        assert row.locator("td").nth(1).inner_text() == "done"
+        assert "accuracy" in row.inner_text()
+        page.locator(".state[data-state=done]").wait_for()

@@ -427,13 +427,16 @@ def _has_joined(log: Path, start: int) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
+    """Tell whether a process runs; one that ended and was not waited for keeps its number."""
     try:
         os.kill(pid, 0)
+        about = Path(f"/proc/{pid}/stat").read_text()
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        return True
-    return pid > 0
+    except OSError:  # of another user, or a system that tells no states
+        return pid > 0
+    # NUMBER (NAME) STATE ...: Flower's own does not wait for servers that it has started.
+    return pid > 0 and about.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 def _die_with_parent() -> None:

@@ -21,7 +21,7 @@ from hansa.redteam import redteam, with_scorecard
 from hansa.report import figures, report
 from hansa.runs import Run
 from hansa.safeguarding import safeguard
-from hansa.training import completed
+from hansa.training import CHANGEABLE, completed
 
 _LATER = "of the stage before"
 """Stands for a path that is not known yet where a configuration is only looked at."""
@@ -76,9 +76,11 @@ class Kind:
         makes: whether it writes one.
         needs_read: whether it cannot do without the stages that it reads.
         is_of_run: whether its configuration is one of ``hansa train``.
+        idle: dotted keys of its configuration that change nothing of what it makes.
     """
 
     starts, needs, makes, needs_read, is_of_run = True, False, True, False, False
+    idle: tuple[str, ...] = ()
 
     def reads(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the kinds of earlier stages whose folders it reads."""
@@ -136,6 +138,7 @@ class _OfRun(Kind):
     """A stage whose configuration is one of ``hansa train``."""
 
     is_of_run = True
+    idle = tuple(key for key in CHANGEABLE if key != "rounds")
 
     def check(self, config: Mapping[str, Any]) -> None:
         load_run(_with_model(config, {"bundle": _LATER}))
@@ -243,6 +246,7 @@ class _Safeguard(Kind):
 
 class _Redteam(Kind):
     needs = needs_read = True
+    idle = ("processes",)
 
     def reads(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         return ("safeguard",)
@@ -255,7 +259,10 @@ class _Redteam(Kind):
         values = safeguard_config.load(safeguarded / "config.toml").as_dict()
         values["redteam"] = dict(job.config)
         made = redteam(values, of=safeguarded, out=job.folder, watch=job.watch)
-        joined = with_scorecard(safeguarded / "bundle", made.scorecard, job.folder / "bundle")
+        asked = safeguard_config.load(values).redteam
+        joined = with_scorecard(
+            safeguarded / "bundle", made.scorecard, asked, job.folder / "bundle"
+        )
         return Made(joined, made.report, figures.of_redteam(made.scorecard))
 
 
@@ -270,7 +277,8 @@ class _Audit(Kind):
         made = auditing.audit(values, out=job.folder, watch=job.watch)
         joined = None
         if job.start is not None and values["target"]["kind"] == "bundle":
-            joined = auditing.with_audit(job.start, made.summary, job.folder / "bundle")
+            asked = auditing.load(values)
+            joined = auditing.with_audit(job.start, made.summary, asked, job.folder / "bundle")
         return Made(joined, made.report, figures.of_audit(made.summary))
 
 

@@ -290,11 +290,25 @@ def _check_outcome(found: Mapping[str, Any]) -> None:
         raise ValueError("figures are no texts")
 
 
+def _without(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Return values without those under some dotted keys, and without tables left empty by that."""
+    left = dict(values)
+    for key in keys:
+        first, _, rest = key.partition(".")
+        if not rest:
+            left.pop(first, None)
+        elif isinstance(below := left.get(first), Mapping):
+            left[first] = _without(below, [rest])
+            if below and not left[first]:
+                del left[first]
+    return left
+
+
 def _key(stage: StageOptions, seed: int, needed: Iterable[Planned]) -> str:
     values = {
         "format": FORMAT,
         "kind": stage.kind,
-        "config": stage.config,
+        "config": _without(stage.config, KINDS[stage.kind].idle),
         "seed": seed,
         "needed": [(each.kind, each.digest or each.key) for each in needed],
     }

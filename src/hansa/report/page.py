@@ -260,6 +260,7 @@ def _plots(runs: dict[str, Run]) -> list[Part]:
             lines(traffic, title="Bytes over rounds", x="round", y="bytes so far", bytes_=True),
         ),
     ]
+    plots += densities_of(runs)
     for label, run in runs.items():
         plots += masks_of(label, run)
     if any(last.values()) and max(map(len, last.values())) <= MAX_CLIENTS_DRAWN:
@@ -273,6 +274,17 @@ def _plots(runs: dict[str, Run]) -> list[Part]:
     for label, run in runs.items():
         plots += matrices_of(label, run, folded=len(runs) > 1)
     return plots
+
+
+def densities_of(runs: dict[str, Run]) -> list[Part]:
+    """Return a plot of how dense the common models are that sparse training aggregates."""
+    every = {label: _shares(run, "", ROOT).get("nonzero", []) for label, run in runs.items()}
+    shares = {label: series for label, series in every.items() if series}
+    if not shares:
+        return []
+    title = "Weights that are not zero"
+    caption = "Of the common model's layers that are trained sparsely, after each round's merging."
+    return [plot(title, caption, lines(shares, title=title, x="round", y="share", percent=True))]
 
 
 def masks_of(label: str, run: Run) -> list[Part]:

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-# Okabe and Ito's palette, told apart by people with any colour vision; lines differ in dash and
-# marker as well.
+# Okabe and Ito's palette, told apart by people with any colour vision. Lines differ in marker as
+# well, and in dash where colours come again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -33,6 +33,8 @@ _WIDTH = 5.4
 """Inches of a plot: with text of 10 points a phone still shows both."""
 _LEAST, _MOST = 0.88, 1.6
 """CSS pixels per point of a plot, between which it follows the width of the page."""
+_WHOLE: dict[str, Any] = {"integer": True, "min_n_ticks": 1}
+"""Of the ticks of an axis of rounds: with more than one they would be fractions where it is short."""
 
 MAX_NUMBERED = 16
 """Rows of a heat map up to which its cells hold numbers."""
@@ -74,14 +76,14 @@ def lines(
             markevery=max(1, len(xs) // 10),
             linewidth=1.8,
         )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(**_WHOLE))
     _format(axes, percent, bytes_)
     if percent and not whole:
         highest = max(y for points in series.values() for _, y in points)
         axes.set_ylim(0, 1.1 * highest or 1)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     if counts:
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(**_WHOLE))
     if log:
         _logarithmic(axes, [y for points in series.values() for _, y in points])
     return _svg(figure, axes)
@@ -126,7 +128,7 @@ def moments(
             handles.append(Line2D([], [], color=colour, marker=marker, label=label))
         for text, dash in zip(names if number == 0 else (), ("-", "--"), strict=False):
             handles += axes.plot([], [], color=_INK, linestyle=dash, label=text)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(**_WHOLE))
         if len(panels) == 1:
             _legend_below(figure, handles)
         else:
@@ -420,7 +422,7 @@ def stacks(panels: Mapping[str, Stack], *, title: str, x: str, line: str) -> str
         axes.set_xlim(panel.xs[0] - 0.6, panel.xs[-1] + 0.6)
         axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(**_WHOLE))
     handles = [Line2D([], [], color=_INK, marker=".", label=line)]
     figure.legend(handles=handles, loc="outside lower left", **_LEGEND)
     return _written(figure, title)
