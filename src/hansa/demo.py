@@ -18,8 +18,8 @@ SMALLER: dict[str, tuple[str, ...]] = {
         *("personalise.rounds=2", "personalise.training.epochs=1"),
     ),
     "language": (
-        *("base.rounds=5", "base.training.lr_rounds=5", "base.score_every=0"),
-        *("train.rounds=5", "train.training.lr_rounds=5", "train.score_every=0"),
+        *("base.rounds=5", "base.training.lr_rounds=5", "base.score_every=2"),
+        *("train.rounds=5", "train.training.lr_rounds=5", "train.score_every=2"),
         "safeguard.controls={ never={ path='bundle:base' } }",
         "redteam.attacks=[{ name='full', steps=50, lrs=[1e-3] }]",
         *("redteam.probes=[10, 50]", "audit.cases=32"),

@@ -258,6 +258,21 @@ def test_a_supernode_sleeps_as_long_as_it_is_told_and_no_longer(monkeypatch) -> 
     assert flowers.time.time() > 0
 
 
+LEFT = """
+import runpy, sys, threading
+import flwr.supernode.cli.flower_supernode
+flowers = sys.modules["flwr.supernode.cli.flower_supernode"]  # a function goes by its name too
+flowers.flower_supernode = lambda: threading.Thread(target=threading.Event().wait).start()
+sys.argv = ["supernode", "0.5"]
+runpy.run_module("hansa.federation.engines.flower.supernode", run_name="__main__")
+"""
+
+
+def test_a_supernode_whose_connection_broke_leaves_no_process_behind() -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT], timeout=120, capture_output=True)
+    assert done.returncode == 1, done.stderr
+
+
 def test_how_often_a_member_looks_is_up_to_its_federation(tmp_path) -> None:
     changes = deploy(look=7.0, federations={"north": {"look": 0.5}, "south": {}})
     made = tmp_path / "made"

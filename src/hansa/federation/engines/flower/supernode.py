@@ -1,9 +1,13 @@
 """Flower's SuperNode: ``python -m hansa.federation.engines.flower.supernode SECONDS ARGUMENTS``.
 
 Where nothing is asked of it, Flower's own sleeps for three seconds before it looks again, and so
-short rounds are spent waiting. This one is told how long to sleep, and is the same in all else.
+short rounds are spent waiting. This one is told how long to sleep.
+
+Flower's own also leaves its process behind, which does nothing any more, once the SuperLink has
+answered with an error, as a busy one may. This one ends, so that it is started again.
 """
 
+import os
 import sys
 import time
 from typing import Any
@@ -34,3 +38,6 @@ if __name__ == "__main__":
     look_every(float(sys.argv[1]))
     sys.argv = ["flower-supernode", *sys.argv[2:]]
     flower_supernode()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # what is left are threads that would keep the process
