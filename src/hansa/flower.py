@@ -67,10 +67,12 @@ def apps(path: str | Path) -> Apps:
     settings = Path(path)
 
     def lead(grid: Grid) -> None:
+        folder = Path(os.environ[VARIABLE]) if VARIABLE in os.environ else None
+        if folder is not None:  # at once: of a run that tells nothing another one is started
+            tell(folder, "run", state="starting", what="", pid=os.getpid())
         from hansa.deploy.charter import Charter
         from hansa.deploy.serve import serve
 
-        folder = Path(os.environ[VARIABLE]) if VARIABLE in os.environ else None
         try:
             charter = Charter.read(settings)
             if folder is None:
