@@ -25,7 +25,7 @@ from typing import Any
 
 import hansa
 from hansa.report.comparison import percent
-from hansa.report.plots import size
+from hansa.report.sizes import size
 
 PLAIN = (
     "local",

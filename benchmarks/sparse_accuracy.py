@@ -27,7 +27,7 @@ from torch import nn
 
 import hansa
 from hansa.report.comparison import percent
-from hansa.report.plots import size
+from hansa.report.sizes import size
 
 ROUNDS = 40
 

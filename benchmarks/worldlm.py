@@ -28,7 +28,7 @@ import numpy as np
 import hansa
 from hansa.data.bundled_text import bundled
 from hansa.data.text_exchange import exchanged
-from hansa.report.plots import size
+from hansa.report.sizes import size
 
 MOST_KB = 150
 THRESHOLD = 0.95

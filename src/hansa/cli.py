@@ -442,7 +442,7 @@ def _print(summaries: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def _table(summaries: list[dict[str, Any]]) -> Table:
-    from hansa.report.plots import size
+    from hansa.report.sizes import size
 
     table = Table(caption="test accuracy over clients, last round; bytes of all encoded messages")
     for name in ("method", "accuracy", "std", "worst tenth", "up", "down", "seconds"):
@@ -461,7 +461,7 @@ def _table(summaries: list[dict[str, Any]]) -> Table:
 
 
 def _language_table(summaries: list[dict[str, Any]]) -> Table:
-    from hansa.report.plots import size
+    from hansa.report.sizes import size
 
     table = Table(
         caption="over leaves, each its own model on its own test text, last round; perplexity and "
@@ -513,7 +513,7 @@ def _print_curation(summary: dict[str, Any]) -> None:
 
 
 def _print_comparison(found: Any) -> None:
-    from hansa.report.plots import size
+    from hansa.report.sizes import size
 
     measure, reference = found.measure, next(iter(found.rows))
     against = {pair.second: pair for pair in found.pairs if pair.first == reference}

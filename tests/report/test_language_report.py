@@ -19,8 +19,9 @@ from hansa.report import report
 from hansa.report.attention import attention_of
 from hansa.report.comparison import Comparison
 from hansa.report.effort import passes_of, sequential
+from hansa.report.matrices import matrix
 from hansa.report.measure import ACCURACY, PERPLEXITY
-from hansa.report.plots import Stack, lines, matrix, moments, stacks, strips
+from hansa.report.plots import Stack, lines, moments, stacks, strips
 from hansa.report.residuals import residuals_of
 from hansa.report.tree import GAP, MAX_STACKED, WIDTH, Box, draw
 from hansa.runs import Run

@@ -8,7 +8,9 @@ from matplotlib.axes import Axes
 
 import hansa
 from hansa.report import report
-from hansa.report.plots import dots, heatmap, lines, size
+from hansa.report.matrices import heatmap
+from hansa.report.plots import dots, lines
+from hansa.report.sizes import size
 from support import config
 
 

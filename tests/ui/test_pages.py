@@ -222,7 +222,7 @@ def test_a_pipeline_under_way_is_seen_to_go_on(browser, tmp_path) -> None:
     values: dict[str, Any] = {
         "name": "short",
         "output": str(tmp_path),
-        "common": {"data": {"clients": 2, "train_per_class": 4, "validation_per_class": 1}},
+        "common": {"data": {"clients": 2, "train_per_class": 4}},
         "stages": [
             {"kind": "prune", "config": {"pruning": {"method": "snip", "density": 0.5}}},
             {"kind": "train", "config": {"rounds": 2}},

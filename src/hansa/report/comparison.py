@@ -15,7 +15,8 @@ from hansa.report import language
 from hansa.report.measure import ACCURACY, Measure, measure_of, scored_by
 from hansa.report.page import SCORED, lead, masks_of, matrices_of, write_page
 from hansa.report.parts import Part, plot, table
-from hansa.report.plots import lines, size, strips
+from hansa.report.plots import lines, strips
+from hansa.report.sizes import size
 from hansa.runs import Run
 
 

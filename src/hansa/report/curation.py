@@ -13,7 +13,8 @@ from hansa.curation.measures import CLEAN
 from hansa.curation.scores import SCORES, oriented
 from hansa.report.page import write_page
 from hansa.report.parts import Part, plot, table
-from hansa.report.plots import dots, histogram, size
+from hansa.report.plots import dots, histogram
+from hansa.report.sizes import size
 
 NOT_HALF = 0.005
 """Share of scores at either end that a histogram gathers in its last bins."""

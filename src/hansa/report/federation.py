@@ -8,7 +8,7 @@ import numpy as np
 from hansa.federation.tree import ROOT, Tree, name_of
 from hansa.report.effort import Traffic, traffic_of
 from hansa.report.parts import Part, plot
-from hansa.report.plots import size
+from hansa.report.sizes import size
 from hansa.report.tree import Box, draw
 from hansa.runs import Run
 

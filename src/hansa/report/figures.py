@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hansa.report.plots import size
+from hansa.report.sizes import size
 
 
 def of_search(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -9,10 +9,12 @@ from hansa.federation.history import perplexity
 from hansa.federation.tree import ROOT, name_of
 from hansa.report.attention import attention_of
 from hansa.report.effort import Pass, holders, passes_of, private_nodes, traffic_of
+from hansa.report.matrices import matrix
 from hansa.report.measure import scored_by
 from hansa.report.parts import Part, plot, table
-from hansa.report.plots import Points, lines, matrix, moments, size
+from hansa.report.plots import Points, lines, moments
 from hansa.report.residuals import residuals_of
+from hansa.report.sizes import size
 from hansa.report.tree import Box, draw
 from hansa.runs import Run
 

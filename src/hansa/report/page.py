@@ -16,9 +16,11 @@ from hansa.report.effort import private_nodes
 from hansa.report.federation import federation
 from hansa.report.kept import kept
 from hansa.report.lineage import lineage
+from hansa.report.matrices import heatmap
 from hansa.report.parts import Part, plot, table
-from hansa.report.plots import Series, dots, heatmap, lines, size
+from hansa.report.plots import Series, dots, lines
 from hansa.report.privacy import spending
+from hansa.report.sizes import size
 from hansa.runs import Run
 
 SCORED = {

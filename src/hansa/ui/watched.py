@@ -9,7 +9,8 @@ from typing import Any
 from hansa.config import RunConfig
 from hansa.errors import InputError
 from hansa.report.measure import measure_of, scored_by
-from hansa.report.plots import lines, size
+from hansa.report.plots import lines
+from hansa.report.sizes import size
 from hansa.runs import Run
 
 _DRAWING = threading.Lock()
