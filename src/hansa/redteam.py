@@ -36,7 +36,7 @@ from hansa.safeguard.redteam_options import Attack, Edit, RedteamOptions
 from hansa.safeguard.rows import Data
 from hansa.safeguard.scorecard import Facts, scorecard
 from hansa.safeguard.scorecard_text import CLAIM, markdown
-from hansa.safeguard_config import SafeguardConfig, load
+from hansa.safeguard_config import SafeguardConfig, load, of_card
 
 Watch = Callable[[str, int, int], None]
 _KNOWN = ("unprotected", "before", "safeguarded", "never")
@@ -313,7 +313,7 @@ def _check_made(safeguarded: Bundle, config: SafeguardConfig) -> None:
     Raises:
         InputError: they are of other phases or of another seed.
     """
-    made = load(safeguarded.card["config"])  # with what it leaves to defaults
+    made = load(of_card(safeguarded.card))  # with what it leaves to defaults
     if (made.chain, made.seed) != (config.chain, config.seed):
         found = "models that were made before the configuration changed"
         raise InputError("phases", found, "hansa safeguard CONFIG first")

@@ -153,15 +153,20 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
         InputError: naming the first key that is wrong, what was found and what is allowed.
     """
     if not isinstance(source, Mapping) and (Path(source) / CARD).is_file():
-        made = read_bundle(source).card["config"]
+        made = of_card(read_bundle(source).card)
         if "phases" not in made:
             raise InputError(str(source), "a bundle without a safeguard", "a safeguard's bundle")
-        source = {key: value for key, value in made.items() if key in SafeguardConfig.model_fields}
+        source = made
     values = values_of(source, overrides)
     try:
         return SafeguardConfig.model_validate(values)
     except ValidationError as error:
         raise _explained(error, values) from error
+
+
+def of_card(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration in a bundle's card, without that of an audit since."""
+    return {key: value for key, value in card["config"].items() if key != "audit"}
 
 
 def _explained(error: ValidationError, values: Mapping[str, Any]) -> InputError:

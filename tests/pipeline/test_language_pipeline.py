@@ -10,6 +10,7 @@ from hansa.bundle import read_bundle
 from hansa.errors import InputError
 from hansa.handover import export
 from hansa.pipeline import load, pipeline, plan
+from hansa.redteam import redteam
 from tampering import SMALL, tar
 
 TEXT = {"context": 130, "test": 0.1, "validation": 0.0, "answers": {}}
@@ -109,10 +110,12 @@ def test_what_is_kept_is_trained_on_and_part_of_it_withheld(tmp_path: Path) -> N
         assert name in last.card["config"], "how it was attacked and audited is in the card"
     assert "processes" not in last.card["config"]["redteam"], "which changes no result"
     folder = str(made.path / str(by_name["audit"].bundle))
+    again = redteam(folder, overrides=["redteam.attacks=[]"], out=tmp_path / "again")
+    assert list(again.scorecard["roles"]) == ["safeguarded"], "an audited one can be attacked"
     told = export(folder, tmp_path / "exported", "transformers")
     assert told["difference"] < 1e-4
-    again = pipeline(values())
-    assert [stage.digest for stage in again.stages] == [stage.digest for stage in made.stages]
+    twice = pipeline(values())
+    assert [stage.digest for stage in twice.stages] == [stage.digest for stage in made.stages]
 
 
 def test_a_change_of_what_a_control_is_repeats_the_safeguard() -> None:
