@@ -7,14 +7,13 @@ Rank correlations are Spearman's, of test accuracy after the epoch of the best v
 
 import argparse
 import json
-import re
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from hansa.models import blox_space
+from hansa.search.profile.rounds import rank_correlation
 from hansa.search.spaces import Floats
 from hansa.search.table import Table
 from hansa.search.tables import SMALL, open_table
@@ -22,7 +21,7 @@ from hansa.search.tables import SMALL, open_table
 
 def alike(first: Floats, second: Floats) -> float:
     """Return a rank correlation."""
-    return round(float(spearmanr(first, second)[0]), 3)
+    return round(rank_correlation(first, second), 3)
 
 
 def between_seeds(table: Table) -> dict[str, Any]:
@@ -59,10 +58,8 @@ def with_accuracy(table: Table) -> dict[str, Any]:
     mean = np.array([table.test_accuracy(model) for model in models])
     found = {name: table.column(name) for name in ("parameters", "multiply_adds")}
     found["latency"] = table.latencies(str(table.profiles[0]["device"]), 1)
-    cells = [[str(blox_space.CELLS[cell]) for cell in blox_space.cells_of(m)] for m in models]
-    for name in blox_space.OPERATIONS:
-        told = [sum(len(re.findall(rf"\b{name}\b", cell)) for cell in row) for row in cells]
-        found[name] = np.array(told, float)
+    operations = blox_space.COUNTS[blox_space.split(models)].sum(1)
+    found |= dict(zip(blox_space.OPERATIONS, operations.T.astype(float), strict=True))
     marks = {"least": mean.min(), "median": np.median(mean), "most": mean.max()}
     return {
         "accuracy": {name: round(100 * float(value), 1) for name, value in marks.items()},

@@ -20,6 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hansa.alive import is_alive
 from hansa.deploy.certificates import check_server, write_authority, write_server
 from hansa.deploy.charter import Charter
 from hansa.deploy.export import export
@@ -32,7 +33,6 @@ from hansa.deploy.options import read_deployment
 from hansa.deploy.party import Party
 from hansa.deploy.supervisor import (
     Supervisor,
-    _is_alive,
     _superlink_command,
     _supernode_command,
     check_port,
@@ -470,12 +470,12 @@ def test_a_superlink_that_is_killed_as_it_starts_is_no_reason_to_end(tmp_path) -
 
 def test_a_process_that_was_killed_is_not_alive_before_somebody_waits_for_it() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        assert _is_alive(process.pid)
+        assert is_alive(process.pid)
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert not _is_alive(process.pid)
-    assert not _is_alive(process.pid)
-    assert not _is_alive(0)
+        assert not is_alive(process.pid)
+    assert not is_alive(process.pid)
+    assert not is_alive(0)
 
 
 def test_a_port_that_is_taken_is_named_at_once(tmp_path) -> None:

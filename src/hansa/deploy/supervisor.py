@@ -19,6 +19,7 @@ from typing import Any
 
 import tomli_w
 
+from hansa.alive import is_alive
 from hansa.deploy.certificates import check_authority, check_server, public_key
 from hansa.deploy.flwr_commands import answers
 from hansa.deploy.party import HOLD, LOCK, PARTS, VARIABLE, Party, tell, told
@@ -136,7 +137,7 @@ class Supervisor:
             self._submit("its run was not there")
         elif not run and time.monotonic() - self._submitted > _BEGIN:
             self._submit("its run did not start")
-        elif run and not _is_alive(int(run.get("pid", 0))):
+        elif run and not is_alive(int(run.get("pid", 0))):  # Flower does not wait for it
             self._submit("its process ended")
 
     def _submit(self, why: str, *first: list[str]) -> None:
@@ -424,19 +425,6 @@ def _has_joined(log: Path, start: int) -> bool:
             return b"SuperNode ID" in file.read()
     except OSError:
         return False
-
-
-def _is_alive(pid: int) -> bool:
-    """Tell whether a process runs; one that ended and was not waited for keeps its number."""
-    try:
-        os.kill(pid, 0)
-        about = Path(f"/proc/{pid}/stat").read_text()
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # of another user, or a system that tells no states
-        return pid > 0
-    # NUMBER (NAME) STATE ...: Flower's own does not wait for servers that it has started.
-    return pid > 0 and about.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 def _die_with_parent() -> None:

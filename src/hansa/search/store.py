@@ -18,6 +18,7 @@ from pathlib import Path
 from time import time
 from typing import Any
 
+from hansa.alive import is_alive
 from hansa.errors import InputError, first_line
 from hansa.search.recipes import Recipe
 from hansa.search.training import Curves
@@ -134,7 +135,7 @@ class Store:
             claimed = "SELECT DISTINCT worker FROM runs WHERE status = 'claimed'"
             for (worker,) in file.execute(claimed).fetchall():
                 host, _, process = worker.rpartition(":")
-                if host == platform.node() and not _lives(int(process)):
+                if host == platform.node() and not is_alive(int(process)):
                     free = "UPDATE runs SET status = 'waiting' WHERE status = 'claimed'"
                     given += file.execute(f"{free} AND worker = ?", (worker,)).rowcount
         return given
@@ -257,17 +258,3 @@ def _curves(text: str) -> Curves:
         for name, value in json_of(text).items()
     }
     return Curves(**values)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:  # one that has ended, and whose parent has not asked how, is still there
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return True
-    return state != "Z"
