@@ -26,7 +26,7 @@ test: setup
 
 # Claims about learning that take minutes of training.
 acceptance: setup
-	$(BIN)/python -m pytest -m acceptance --dist loadgroup
+	$(BIN)/python -m pytest -m acceptance -n 0
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks

@@ -18,10 +18,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "safeguard.toml"
 
 LRS = [0.1, 0.3, 1.0]
 ROLES = ["before", "safeguarded"]
-SEEDS = [pytest.param(seed, marks=pytest.mark.xdist_group(f"seed {seed}")) for seed in (0, 1)]
 
 
-@pytest.fixture(scope="module", params=SEEDS)
+@pytest.fixture(scope="module", params=[0, 1])
 def card(request, tmp_path_factory):
     values = tomllib.loads(EXAMPLE.read_text())
     tar = values["phases"][2]
@@ -48,7 +47,8 @@ def card(request, tmp_path_factory):
             {"name": "adadelta", "optimizer": "adadelta", "lrs": LRS, "roles": ROLES},
         ],
         "edits": [],
-        "seeds": [0],
+        "seeds": [0, 1, 2],
+        "processes": 2,
     }
     safeguard(values)
     return redteam(values).scorecard

@@ -9,9 +9,11 @@ from torch import nn
 
 from hansa.models.images import CNN, ResNet18, ResNet20
 from hansa.sparse import kernels
+from hansa.sparse import norm as norm_module
+from hansa.sparse.choice import turned
 from hansa.sparse.convert import sparsify
 from hansa.sparse.functions import Shape, reference
-from hansa.sparse.layout import is_inner, to_inner
+from hansa.sparse.layout import is_inner, is_last, to_inner
 from hansa.sparse.norm import BatchNorm2d, GroupNorm
 
 needs_kernels = pytest.mark.skipif(kernels.kernels() is None, reason=kernels.find()[1])
@@ -156,28 +158,34 @@ def test_a_layer_used_again_with_other_weights_keeps_its_gradients_apart() -> No
 @pytest.mark.parametrize("batch", [3, 16, 21])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kind", ["batch", "batch, plain", "group", "group, plain"])
-def test_fused_normalisation_agrees_with_pytorch(kind, added, relu, batch) -> None:
-    affine = "plain" not in kind
+def test_fused_normalisation_agrees_with_pytorch(
+    kind, last, added, relu, batch, monkeypatch
+) -> None:
+    monkeypatch.setattr(norm_module, "LEAST", 1)
+    affine, shape = "plain" not in kind, (batch, 20, 9, 10)
     if kind.startswith("batch"):
-        ours, theirs = BatchNorm2d(12, affine=affine), nn.BatchNorm2d(12, affine=affine)
+        ours, theirs = BatchNorm2d(20, affine=affine), nn.BatchNorm2d(20, affine=affine)
     else:
-        ours, theirs = GroupNorm(3, 12, affine=affine), nn.GroupNorm(3, 12, affine=affine)
+        ours, theirs = GroupNorm(4, 20, affine=affine), nn.GroupNorm(4, 20, affine=affine)
     if affine:
         nn.init.normal_(ours.weight), nn.init.normal_(ours.bias)
         theirs.load_state_dict(ours.state_dict())
     theirs = theirs.double()
-    x = torch.randn(batch, 12, 5, 6) * 3 + 1
-    residual = torch.randn(batch, 12, 5, 6) if added else None
-    d = torch.randn(batch, 12, 5, 6)
+    x = torch.randn(shape) * 3 + 1
+    residual = torch.randn(shape) if added else None
+    d = torch.randn(shape)
 
     def run(norm, cast):
         leaves = [cast(x).detach().requires_grad_()]
         if residual is not None:
             leaves.append(cast(residual).detach().requires_grad_())
         if norm is ours:
-            y = norm(to_inner(leaves[0]), *leaves[1:], relu=relu)
-            assert is_inner(y)
+            y = norm((turned if last else to_inner)(leaves[0]), *leaves[1:], relu=relu)
+            assert is_last(y) if last else is_inner(y)
+            by_pytorch = last and kind.startswith("group")
+            assert by_pytorch or type(y.grad_fn).__name__ == "_NormaliseBackward"
         else:
             y = sum(leaves[1:], norm(leaves[0]))
             y = F.relu(y) if relu else y
@@ -189,6 +197,24 @@ def test_fused_normalisation_agrees_with_pytorch(kind, added, relu, batch) -> No
         torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-4)
     for one, other in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", [to_inner, turned])
+def test_normalisation_does_not_depend_on_the_number_of_threads(layout, monkeypatch) -> None:
+    monkeypatch.setattr(norm_module, "LEAST", 1)
+    norm, x = BatchNorm2d(20), torch.randn(21, 20, 9, 10)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaf = x.clone().requires_grad_()
+            y = norm(layout(leaf), relu=True)
+            found.append((y, *torch.autograd.grad(y.square().sum(), (leaf, *norm.parameters()))))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 def test_the_reference_maps_over_clients() -> None:

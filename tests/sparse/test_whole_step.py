@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hansa.models.images import CNN, MLP
-from hansa.sparse import choice, kernels, probe
+from hansa.sparse import choice, functions, kernels, probe
 from hansa.sparse.choice import Way
 from hansa.sparse.convert import SparseModel, sparsify
 from hansa.sparse.functions import reference
@@ -168,11 +168,40 @@ def test_pruning_keeps_the_layout(order, least) -> None:
         assert torch.equal(pruned(small, torch.tensor(1.0)), small * (small >= 1))
 
 
-def test_what_needs_no_mask_is_not_copied() -> None:
+def test_inputs_and_what_needs_no_mask_are_not_copied() -> None:
     x, weight = torch.randn(4, 6), torch.randn(3, 6, requires_grad=True)
     nothing, some = torch.tensor(0.0), torch.tensor(1.0)
-    for least_weight, least_input in ((nothing, nothing), (some, nothing), (nothing, some)):
-        y = reference(x, weight, None, least_weight, least_input)
-        held, used = y.grad_fn.saved_tensors
-        assert (held.data_ptr() == x.data_ptr()) is (least_input is nothing)
+    for least_weight in (nothing, some):
+        held, used = reference(x, weight, None, least_weight, some).grad_fn.saved_tensors
+        assert held.data_ptr() == x.data_ptr()
         assert (used.data_ptr() == weight.data_ptr()) is (least_weight is nothing)
+
+
+@pytest.mark.parametrize("path", ["kernels", "pytorch"])
+@pytest.mark.parametrize("shape", [(5, 7, 3, 3), (4, 1, 2, 3), (3, 6, 1, 1), (1, 9, 3, 2)])
+def test_a_channels_last_step_has_the_numbers_of_a_contiguous_one(shape, path, monkeypatch) -> None:
+    if path == "pytorch":
+        monkeypatch.setattr(functions, "kernels", lambda: None)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, shape[1], 6, 5, generator=random)
+    weight = torch.randn(shape, generator=random)
+    least, found = torch.tensor(0.6), []
+    for form in (torch.contiguous_format, torch.channels_last):
+        leaves = [
+            x.contiguous(memory_format=form).requires_grad_(),
+            weight.clone().requires_grad_(),
+        ]
+        y = functions.reference(*leaves, None, least, least, functions.Shape())
+        dx, dw = torch.autograd.grad(y.square().sum(), leaves)
+        assert path == "pytorch" or dw.is_contiguous()
+        found.append((y, dx, dw))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_thresholds_of_a_later_step_do_not_reach_an_earlier_gradient() -> None:
+    x, weight = torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, requires_grad=True)
+    least = torch.tensor(2.0)
+    y = reference(x, weight, None, torch.tensor(0.0), least)
+    least.fill_(5.0)
+    assert torch.autograd.grad(y, weight)[0].tolist() == [[0.0, 3.0]]

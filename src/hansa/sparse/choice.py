@@ -6,7 +6,6 @@ faster channels-last. So a whole step is timed in each way, once on a machine, a
 """
 
 import copy
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -76,7 +75,7 @@ def _described(name: str, part: nn.Module) -> list[Any]:
 def measure(
     model: "SparseModel", shape: tuple[int, ...], ways: Mapping[str, Way]
 ) -> dict[str, float]:
-    """Return the median seconds of a forward and backward pass in each way, taking turns."""
+    """Return the least seconds of a forward and backward pass in each way, taking turns."""
     required()
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     twin = copy.deepcopy(model).train()
@@ -90,7 +89,7 @@ def measure(
                 twin(x).sum().backward()
                 if turn:  # the first one warms up
                     took[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in took.items()}
+    return {name: min(values) for name, values in took.items()}
 
 
 def first_inputs(model: "SparseModel", inputs: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -259,7 +259,7 @@ class SparseModel(nn.Module):
         return ways[fastest(self, inputs, ways)] if len(ways) > 1 else by_layer
 
     def _runner(self) -> nn.Module | Any:
-        if not any(self.rule.compiled.values()):
+        if not (self.rule.last or any(self.rule.compiled.values())):
             return self.plain
         modes = tuple(module.training for module in self.plain.modules())
         if modes not in self._steps:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hansa.sparse.convolution import Convolution, Geometry
+from hansa.sparse.kernels import kernels
 from hansa.sparse.layout import inner_base, is_last, logical, unaliased
 from hansa.sparse.thresholds import is_wrapped, plain, pruned
 
@@ -73,7 +74,7 @@ class Reference(torch.autograd.Function):
         """Return the gradients of inputs, weight and bias."""
         if torch.is_grad_enabled() and not is_wrapped(d):
             raise RuntimeError("a sparse layer cannot be differentiated twice")
-        return (*_gradients(ctx, d), None, None, None, None)
+        return (*_gradients(ctx, d, *ctx.saved_tensors), None, None, None, None)
 
 
 class Masked(torch.autograd.Function):
@@ -94,11 +95,13 @@ class Masked(torch.autograd.Function):
         fixed: bool,
     ) -> torch.Tensor:
         """Return the output."""
-        used = _kept(weight, least_weight)
-        if shape is not None and is_last(x):
-            used = used.contiguous(memory_format=torch.channels_last)
-        ctx.save_for_backward(x if fixed else _kept(x, least_input), used)
+        turns = shape is not None and is_last(x)
+        used = _turned(weight, least_weight) if turns else _kept(weight, least_weight)
+        # Inputs are masked when the weight's gradient is due: until then there is one copy of them.
+        ctx.save_for_backward(x, used)
+        ctx.least = None if fixed else least_input.clone()  # another step may bring a new one
         ctx.shape, ctx.fixed, ctx.biased = shape, fixed, bias is not None
+        ctx.turns = turns and weight.is_contiguous()
         if shape is None:
             return F.linear(x, used, bias)
         return F.conv2d(x, used, bias, *_arguments(shape))
@@ -107,7 +110,10 @@ class Masked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of inputs, weight and bias."""
-        return (*_gradients(ctx, d), None, None, None, None)
+        x, used = ctx.saved_tensors
+        held = x if ctx.least is None else _kept(x, ctx.least)
+        dx, dw, db = _gradients(ctx, d, held, used)
+        return dx, _back(dw) if ctx.turns else dw, db, None, None, None, None
 
 
 def _kept(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
@@ -115,9 +121,32 @@ def _kept(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     return x if plain(x) and not float(least) else pruned(x, least)
 
 
-def _gradients(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _turned(weight: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """Return what is kept of a weight [outputs, inputs, height, width], channels-last."""
+    found = kernels()
+    if found is None or not (plain(weight) and weight.is_contiguous()):
+        return _kept(weight, least).contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(weight, memory_format=torch.channels_last)
+    sizes = (*weight.shape[:2], weight[0, 0].numel(), torch.get_num_threads())
+    found.call("turn", weight, float(least), out.permute(0, 2, 3, 1), *sizes)
+    return out
+
+
+def _back(dw: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of a contiguous weight as contiguous: autograd would copy it slowly."""
+    found = kernels()
+    if found is None or not (plain(dw) and is_last(dw)):
+        return dw
+    out = torch.empty_like(dw, memory_format=torch.contiguous_format)
+    sizes = (len(dw), dw[0, 0].numel(), dw.shape[1], torch.get_num_threads())
+    found.call("turn", dw.permute(0, 2, 3, 1), 0.0, out, *sizes)
+    return out
+
+
+def _gradients(
+    ctx: Any, d: torch.Tensor, held: torch.Tensor, used: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return the gradients of inputs, weight and bias from what was kept of both."""
-    held, used = ctx.saved_tensors
     types = held.dtype, used.dtype
     held, used = held.to(d.dtype), used.to(d.dtype)  # which autocast may have lowered
     s: Shape | None = ctx.shape

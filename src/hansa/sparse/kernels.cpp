@@ -18,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX2__)
 #if !defined(__clang__)  // GCC 12 finds its own intrinsics uninitialised (its bug 105593)
@@ -855,6 +856,24 @@ EXPORT(prune)(const float *x, float threshold, float *out, long n, long threads)
     for (long i = 0; i < n; i++) out[i] = std::fabs(x[i]) >= threshold ? x[i] : 0.0f;
 }
 
+// out[b][c][r] = x[b][r][c] where its magnitude is at least `threshold`, else 0: a convolution's
+// weight to channels-last, and its gradient back.
+EXPORT(turn)(const float *x, float threshold, float *out, long batch, long rows, long columns,
+             long threads) {
+    const long size = rows * columns;
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (long b = 0; b < batch; b++) {
+        const float *from = x + b * size;
+        float *to = out + b * size;
+        for (long c = 0; c < columns; c++)
+            for (long r = 0; r < rows; r++) {
+                const float value = from[r * columns + c];
+                // Without a threshold all is kept, what is no number as well.
+                to[c * rows + r] = threshold <= 0 || std::fabs(value) >= threshold ? value : 0.0f;
+            }
+    }
+}
+
 // ---- normalisation, with the residual that is added and the ReLU that follows --------------------
 
 namespace {
@@ -1045,6 +1064,159 @@ EXPORT(batch_norm_back)(const float *d, const float *x, const float *y, const fl
             using T = decltype(kind);
             put(dx + at + i, (incoming(i, kind) - b - (get<T>(x + at + i) - m) * e) * a);
         });
+    }
+}
+
+namespace {
+
+// Rows [size][C] in blocks whose three or four arrays stay near the core; what is found for a block
+// does not depend on the number of threads.
+struct Rows {
+    long C, size, rows, count;
+    Rows(long C, long size)
+        : C(C), size(size), rows(std::max(8L, 4096 / C)), count((size + rows - 1) / rows) {}
+    long length(long block) const { return std::min(rows, size - block * rows); }
+};
+
+// f(first column, accumulators) for every part of C columns, as wide as a few vectors.
+template <class F>
+INLINE void columns(long C, F &&f) {
+    long c = 0;
+    for (; c + 4 * V <= C; c += 4 * V) f(c, vec{}, std::integral_constant<int, 4>{});
+    for (; c + V <= C; c += V) f(c, vec{}, std::integral_constant<int, 1>{});
+    for (; c < C; c++) f(c, 0.0f, std::integral_constant<int, 1>{});
+}
+
+}  // namespace
+
+// The same over [size][C]: channels-last.
+EXPORT(batch_norm_last)(const float *x, const float *residual, const float *scale,
+                        const float *shift, float *y, float *mean, float *inverse,
+                        float *running_mean, float *running_variance, long C, long size, long relu,
+                        float momentum, float epsilon, long threads) {
+    const Rows part(C, size);
+    std::vector<float> parts(static_cast<size_t>(2 * C * part.count)), lines(static_cast<size_t>(2 * C));
+    float *found = parts.data(), *a = lines.data(), *b = a + C;
+    const double count = static_cast<double>(size);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+#pragma omp for schedule(static)
+        for (long block = 0; block < part.count; block++) {
+            const long rows = part.length(block);
+            const float *from = x + block * part.rows * C;
+            float *m = found + 2 * C * block;
+            columns(C, [&](long c, auto kind, auto wide) {
+                using T = decltype(kind);
+                constexpr int W = decltype(wide)::value, step = sizeof(T) / sizeof(float);
+                T middle[W] = {}, square[W] = {};
+                for (long r = 0; r < rows; r++)
+                    UNROLL for (int w = 0; w < W; w++) middle[w] += get<T>(from + r * C + c + w * step);
+                UNROLL for (int w = 0; w < W; w++) middle[w] = middle[w] / static_cast<float>(rows);
+                for (long r = 0; r < rows; r++)
+                    UNROLL for (int w = 0; w < W; w++) {
+                        const T e = get<T>(from + r * C + c + w * step) - middle[w];
+                        square[w] += e * e;
+                    }
+                UNROLL for (int w = 0; w < W; w++) {
+                    put(m + c + w * step, middle[w]);
+                    put(m + C + c + w * step, square[w]);
+                }
+            });
+        }
+#pragma omp for schedule(static)
+        for (long c = 0; c < C; c++) {
+            double m = 0, v = 0;
+            for (long block = 0; block < part.count; block++)
+                m += found[2 * C * block + c] * static_cast<double>(part.length(block));
+            m /= count;
+            for (long block = 0; block < part.count; block++) {
+                const double e = found[2 * C * block + c] - m;
+                v += found[2 * C * block + C + c] + e * e * static_cast<double>(part.length(block));
+            }
+            mean[c] = static_cast<float>(m);
+            inverse[c] = static_cast<float>(1 / std::sqrt(v / count + epsilon));
+            if (running_mean) {
+                running_mean[c] += momentum * (mean[c] - running_mean[c]);
+                const float unbiased = static_cast<float>(v / (count - 1));
+                running_variance[c] += momentum * (unbiased - running_variance[c]);
+            }
+            a[c] = inverse[c] * (scale ? scale[c] : 1);
+            b[c] = (shift ? shift[c] : 0) - mean[c] * a[c];
+        }
+#pragma omp for schedule(static)
+        for (long r = 0; r < size; r++) {
+            each(C, [&](long c, auto kind) {
+                using T = decltype(kind);
+                const long at = r * C + c;
+                T out = get<T>(x + at) * get<T>(a + c) + get<T>(b + c);
+                if (residual) out += get<T>(residual + at);
+                if (relu) out = positive(out, out);
+                put(y + at, out);
+            });
+        }
+    }
+}
+
+EXPORT(batch_norm_last_back)(const float *d, const float *x, const float *y, const float *scale,
+                             const float *mean, const float *inverse, float *dx, float *dresidual,
+                             float *dscale, float *dshift, long C, long size, long relu,
+                             long threads) {
+    const Rows part(C, size);
+    std::vector<float> parts(static_cast<size_t>(2 * C * part.count)), lines(static_cast<size_t>(3 * C));
+    float *found = parts.data(), *a = lines.data(), *b = a + C, *slope = b + C;
+    const double count = static_cast<double>(size);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+#pragma omp for schedule(static)
+        for (long block = 0; block < part.count; block++) {
+            const long rows = part.length(block), start = block * part.rows * C;
+            float *plain = found + 2 * C * block;
+            columns(C, [&](long c, auto kind, auto wide) {
+                using T = decltype(kind);
+                constexpr int W = decltype(wide)::value, step = sizeof(T) / sizeof(float);
+                T middle[W], total[W] = {}, scaled[W] = {};
+                UNROLL for (int w = 0; w < W; w++) middle[w] = get<T>(mean + c + w * step);
+                for (long r = 0; r < rows; r++)
+                    UNROLL for (int w = 0; w < W; w++) {
+                        const long at = start + r * C + c + w * step;
+                        T e = get<T>(d + at);
+                        if (relu) e = positive(get<T>(y + at), e);
+                        if (dresidual) put(dresidual + at, e);
+                        total[w] += e;
+                        scaled[w] += e * (get<T>(x + at) - middle[w]);
+                    }
+                UNROLL for (int w = 0; w < W; w++) {
+                    put(plain + c + w * step, total[w]);
+                    put(plain + C + c + w * step, scaled[w]);
+                }
+            });
+        }
+#pragma omp for schedule(static)
+        for (long c = 0; c < C; c++) {
+            double total = 0, scaled = 0;
+            for (long block = 0; block < part.count; block++) {
+                total += found[2 * C * block + c];
+                scaled += found[2 * C * block + C + c];
+            }
+            if (dshift) dshift[c] = static_cast<float>(total);
+            if (dscale) dscale[c] = static_cast<float>(scaled) * inverse[c];
+            a[c] = inverse[c] * (scale ? scale[c] : 1);
+            // dx = (e - b - (x - mean) slope) a, with what does not depend on the row put together.
+            slope[c] = static_cast<float>(scaled / count) * inverse[c] * inverse[c];
+            b[c] = static_cast<float>(total / count) - mean[c] * slope[c];
+        }
+        const float *from = dresidual ? dresidual : d;
+        const bool hides = relu && !dresidual;
+#pragma omp for schedule(static)
+        for (long r = 0; r < size; r++) {
+            each(C, [&](long c, auto kind) {
+                using T = decltype(kind);
+                const long at = r * C + c;
+                T e = get<T>(from + at);
+                if (hides) e = positive(get<T>(y + at), e);
+                put(dx + at, (e - get<T>(b + c) - get<T>(x + at) * get<T>(slope + c)) * get<T>(a + c));
+            });
+        }
     }
 }
 

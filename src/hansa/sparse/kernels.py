@@ -19,6 +19,7 @@ _DTYPES = (torch.float32, torch.int32)
 _NAMES = (
     *("convolve", "sample", "gradient", "pattern", "interleave", "transpose", "kth", "prune"),
     *("batch_norm", "batch_norm_back", "group_norm", "group_norm_back"),
+    *("batch_norm_last", "batch_norm_last_back", "turn"),
 )
 Argument = torch.Tensor | int | float | None
 

@@ -8,8 +8,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hansa.sparse.kernels import kernels, required
-from hansa.sparse.layout import base, inner_base, is_inner, logical, unaliased
+from hansa.sparse.layout import inner_base, is_inner, is_last
 from hansa.sparse.thresholds import plain
+
+LEAST = 1 << 19
+"""Elements from which channels-last maps go to the kernel: calling it costs more than PyTorch's."""
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -18,7 +21,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = False
     ) -> torch.Tensor:
-        """Return ``relu(norm(x) + residual)``, by the kernels where the batch lies innermost.
+        """Return ``relu(norm(x) + residual)``.
+
+        By the kernels where the batch or, as in channels-last, the channels lie innermost.
 
         Args:
             x: [batch, channels, height, width].
@@ -55,7 +60,9 @@ class GroupNorm(nn.GroupNorm):
 
 def _fits(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> bool:
     """Tell whether the kernels can do it."""
-    if kernels() is None or x.dim() != 4 or not x.numel() or not plain(x) or not is_inner(x):
+    if kernels() is None or x.dim() != 4 or not x.numel() or not plain(x):
+        return False
+    if not is_inner(x) and (isinstance(norm, nn.GroupNorm) or x.numel() < LEAST or not is_last(x)):
         return False
     own = [t for t in (*norm.parameters(), *norm.buffers()) if t.dim()]
     channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
@@ -67,6 +74,13 @@ def _fits(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> bo
 def _after(y: torch.Tensor, residual: torch.Tensor | None, relu: bool) -> torch.Tensor:
     y = y if residual is None else y + residual
     return F.relu(y) if relu else y
+
+
+def _memory(x: torch.Tensor, last: bool) -> torch.Tensor:
+    """Return maps as the kernels take them: [batch, ..., channels], or [channels, ..., batch]."""
+    if last:
+        return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    return inner_base(x)
 
 
 class _Normalise(torch.autograd.Function):
@@ -84,12 +98,12 @@ class _Normalise(torch.autograd.Function):
         momentum: float,
         epsilon: float,
     ) -> torch.Tensor:
-        channels, height, width, batch = base(x).shape
-        x, y = base(x), torch.empty_like(base(x))
-        added = None if residual is None else inner_base(residual)
+        batch, channels, height, width = x.shape
+        last, y = not is_inner(x), torch.empty_like(x)  # which keeps the layout
+        added = None if residual is None else _memory(residual, last)
         mean, inverse = x.new_empty(2, groups * batch or channels)
         found, threads = required(), torch.get_num_threads()
-        common = (x, added, scale, shift, y, mean, inverse)
+        common = (_memory(x, last), added, scale, shift, _memory(y, last), mean, inverse)
         sizes: tuple[int, ...]
         if groups:
             sizes = (channels, groups, height * width, batch)
@@ -98,28 +112,33 @@ class _Normalise(torch.autograd.Function):
             sizes = (channels, height * width * batch)
             state = (mean_so_far, variance_so_far)
             rates = (float(momentum), float(epsilon))
-            found.call("batch_norm", *common, *state, *sizes, int(relu), *rates, threads)
+            name = "batch_norm_last" if last else "batch_norm"
+            found.call(name, *common, *state, *sizes, int(relu), *rates, threads)
         ctx.save_for_backward(x, y if relu else None, scale, mean, inverse)
-        ctx.sizes, ctx.groups, ctx.relu = sizes, groups, relu
+        ctx.sizes, ctx.groups, ctx.relu, ctx.last = sizes, groups, relu, last
         ctx.residual, ctx.shift = residual is not None, shift is not None
-        return unaliased(y)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, y, scale, mean, inverse = ctx.saved_tensors
-        d, dx = inner_base(d), torch.empty_like(x)
+        dx = torch.empty_like(x)
         dresidual = torch.empty_like(x) if ctx.residual and ctx.relu else None
         dscale = None if scale is None else torch.empty_like(scale)
-        dshift = x.new_empty(len(x)) if ctx.shift else None
+        dshift = x.new_empty(x.shape[1]) if ctx.shift else None
         found, threads = required(), torch.get_num_threads()
         name = "group_norm_back" if ctx.groups else "batch_norm_back"
+        if ctx.last:
+            name = "batch_norm_last_back"
+        incoming, read, out, written, added = (
+            None if t is None else _memory(t, ctx.last) for t in (d, x, y, dx, dresidual)
+        )
         found.call(
             name,
-            *(d, x, y, scale, mean, inverse, dx, dresidual, dscale, dshift),
+            *(incoming, read, out, scale, mean, inverse, written, added, dscale, dshift),
             *(*ctx.sizes, int(ctx.relu), threads),
         )
-        added = None
-        if ctx.residual:
-            added = logical(d if dresidual is None else dresidual)
-        return logical(dx), added, dscale, dshift, None, None, None, None, None, None
+        if ctx.residual and dresidual is None:
+            dresidual = d
+        return dx, dresidual, dscale, dshift, None, None, None, None, None, None
