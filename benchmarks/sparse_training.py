@@ -5,8 +5,9 @@ PyTorch's best dense form (contiguous or channels-last) in float32, and in bfloa
 processor has units for it (elsewhere it takes some twenty times as long); PyTorch's own sparse
 formats beside them, with the rearranging that a convolution needs (im2col) given for free.
 Step: one whole training step of ResNet-18 (BatchNorm, 32 pixels, batch 32: forward, loss, backward,
-SGD), with all layers on the kernels, and with the automatic choice. Run: one federated run of
-``zerofl`` at 95 % against ``fedavg`` of the same model and schedule, end to end. With ``--data``
+SGD), with all layers on the kernels, and with the automatic choice. Half (only where it is asked
+for): the same at 50 % alone, where all ways are nearly alike, in more turns. Run: one federated run
+of ``zerofl`` at 95 % against ``fedavg`` of the same model and schedule, end to end. With ``--data``
 also accuracy, by ``sparse_accuracy.py``.
 
 All that is compared takes turns within one process; a figure is a ratio of medians, with one thread
@@ -15,7 +16,7 @@ threads has a process of its own, since PyTorch does not take a new number up re
 read where the system has counters (powercap).
 
     python benchmarks/sparse_training.py [--quick] [--json] [--threads 1,2]
-        [--only layers,step,run,accuracy] [--data PATTERN]
+        [--only layers,step,half,run,accuracy] [--data PATTERN]
 
 The object that ``--json`` prints has ``step_speedup``: sparsity -> whole step of ResNet-18 of width
 64, one thread, automatic choice, over the best dense float32.
@@ -62,7 +63,9 @@ LAYERS = {
     "linear 1024->1024": Geometry(1024, 1, 1, 1024),
 }
 BATCH = 32
+HALF_TURNS = 25
 QUICK = (0.5, 0.9, 0.95)
+PARTS = ("layers", "step", "half", "run", "accuracy")
 Calls = Mapping[str, Callable[[], object]]
 
 
@@ -299,6 +302,8 @@ def measure(only: list[str], quick: bool, threads: int) -> dict[str, Any]:
         sparsities = QUICK if quick else SPARSITIES
         widths = (64,) if quick else (64, 32)
         result["step"] = {str(width): step(width, turns, sparsities) for width in widths}
+    if "half" in only:
+        result["half"] = {str(width): step(width, HALF_TURNS, (0.5,)) for width in (64, 32)}
     if "run" in only and threads == 1:
         result["run"] = run(1 if quick else 5)
     after = _energy()
@@ -317,7 +322,8 @@ def show(threads: str, result: Mapping[str, Any]) -> None:
         print("| sparsity | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
         for sparsity, row in by_sparsity.items():
             print(f"| {sparsity} | " + " | ".join(f"{row[key]:.2f}" for key in columns) + " |")
-    for width, row in result.get("step", {}).items():
+    steps = [*result.get("step", {}).items(), *result.get("half", {}).items()]
+    for width, row in steps:
         print(f"\nstep of ResNet-18, width {width}: dense float32 {row['dense_ms']:.0f} ms\n")
         print("| | times as fast |\n|---|---|")
         for key, value in row.items():
@@ -344,8 +350,8 @@ def main() -> None:
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     only = options.only.split(",")
-    if unknown := [each for each in only if each not in ("layers", "step", "run", "accuracy")]:
-        parser.error(f"--only: found {unknown[0]!r}; allowed: layers, step, run, accuracy")
+    if unknown := [each for each in only if each not in PARTS]:
+        parser.error(f"--only: found {unknown[0]!r}; allowed: {', '.join(PARTS)}")
     library, why = find()
     if library is None:
         parser.error(f"there are no compiled kernels to measure: {why}")

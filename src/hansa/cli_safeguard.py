@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -84,11 +85,16 @@ def _print_scorecard(card: dict[str, Any]) -> None:
 
     console = Console()
     for each in tables(card)[:3]:
-        table = Table(title=each.title, title_justify="left")
+        # Without lines around them ten columns find room on 80 characters.
+        table = Table(
+            title=each.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        table.show_edge = table.pad_edge = False
         for name in each.columns:
             left = each.words or name == each.columns[0]
-            table.add_column(name, justify="left" if left else "right")
+            whole = left and not each.words
+            table.add_column(name, justify="left" if left else "right", no_wrap=whole)
         for row in each.rows:
             table.add_row(*row)
-        console.print(table)
+        console.print(table, "")
     print(CLAIM)

@@ -98,9 +98,10 @@ def test_models_of_use_keep_their_share_of_the_retained_score_at_that_probe() ->
     # At 10 rates .1 and .3 qualify, at 20 rate .1 alone (.95 over its seeds).
     card = made()
     assert card["recovery_of_use"]["safeguarded"] == pytest.approx({"0": 0.1, "10": 0.3, "20": 0.5})
-    # A floor of 1.0 leaves the model as it is at 20, where benign training recovers as little.
+    # With a floor of 1.0 none qualifies at 20, but whoever may take 20 steps may stop after 10.
     strict = made(floor=1.0)["recovery_of_use"]["safeguarded"]
-    assert strict == pytest.approx({"0": 0.1, "10": 0.3, "20": 0.1})
+    assert strict == pytest.approx({"0": 0.1, "10": 0.3, "20": 0.3})
+    assert made(floor=1.0)["roles"]["safeguarded"]["worst_of_use"]["20"]["attack"] == "full"
 
 
 def test_half_is_of_the_unprotected_score_and_nothing_is_interpolated() -> None:
@@ -226,5 +227,5 @@ def test_the_page_of_text_begins_with_what_it_claims_and_what_it_does_not_show()
     assert text.index(CLAIM) < text.index("does not show") < text.index("## Recovered")
     assert "| left out | fresh: none |" in text
     assert "| safeguarded | 0.10 | 0.60 | 0.90 | 10 | 3 |" in text
-    assert "| never | 0.10 | 0.10 | 0.20 | not within 20 | 1 |" in text
+    assert "| never | 0.10 | 0.10 | 0.20 | not by 20 | 1 |" in text
     assert "merge *" in text

@@ -71,7 +71,7 @@ def of_redteam(card: Mapping[str, Any]) -> dict[str, str]:
         line = {int(step): value for step, value in card["recovery"][role].items()}
         if len(line) > 1:
             last = max(line)
-            told[f"{role}, back after {last} steps"] = _share(line[last])
+            told[f"{role}, back within {last} steps"] = _share(line[last])
     return told
 
 

@@ -34,9 +34,10 @@ def report(page: Path, card: Mapping[str, Any], configuration: str) -> Path:
 
 def _plots(card: Mapping[str, Any]) -> list[Part]:
     parts = []
+    caption = "The attack, the rate and the probe that recover most within so many steps."
     for key, what in (("worst", "worst case"), ("worst_of_use", "models of use")):
         series = {role: _band(body[key]) for role, body in card["roles"].items()}
-        parts += _curves(f"Recovered, {what}", series, "The attack and the rate that recover most.")
+        parts += _curves(f"Recovered, {what}", series, caption)
     for name, about in card["attacks"].items():
         series = {
             role: _band({step: point["worst"] for step, point in entry["points"].items()})

@@ -1,8 +1,8 @@
 """What a red team's cells say about a safeguard: the worst case first, and what it does not say.
 
 Everything here is a function of numbers that were measured. Of the seeds of an attack the mean
-counts, of its learning rates the one that recovers most, of attacks the one that does; nothing is
-averaged over attacks and nothing is filled in between probes.
+counts, of its learning rates the one that recovers most, of attacks and of probes up to a number
+of steps the one that does; nothing is averaged over attacks, nothing filled in between probes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -115,12 +115,12 @@ def _role(cells: Sequence[Found], facts: Facts, full: float | None) -> Entry:
     as_is = {"recovered": start["restricted"]["choice"], "attack": UNTOUCHED}
     worst, of_use = {}, {}
     for step in sorted({0, *(int(s) for attack in counted for s in attack["points"])}):
-        # What takes no steps is inside every budget.
+        # A budget of so many steps holds every shorter attack, and none that was overdone.
         points = [
             (attack["name"], point)
             for attack in counted
             for at, point in attack["points"].items()
-            if int(at) == step or int(at) == 0
+            if int(at) <= step
         ]
         everything = [as_is, *({**point["worst"], "attack": name} for name, point in points)]
         useful = [as_is] + [

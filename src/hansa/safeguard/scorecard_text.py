@@ -82,13 +82,13 @@ def markdown(card: Card) -> str:
 
 _WORST = (
     "Share of restricted questions answered right among their candidates: mean over seeds, at the "
-    "learning rate and by the attack that recover most at that step. Half back: the first probe "
-    "at which half of the unprotected model's score is reached. Models were not tried by equally "
-    "many attacks; what each attack does to each is below."
+    "learning rate, by the attack and at the probe that recover most within so many steps. Half "
+    "back: the first probe at which half of the unprotected model's score is reached. Models were "
+    "not tried by equally many attacks; what each attack does to each is below."
 )
 _OF_USE = (
-    "The same, of attacked models that at that step keep the stated share of their retained score; "
-    "an attacker who breaks the model has not won."
+    "The same, of attacked models that keep the stated share of their retained score; an attacker "
+    "who breaks the model has not won."
 )
 
 
@@ -103,7 +103,7 @@ def _recovery(card: Card, key: str, half: str, title: str, note: str) -> Table:
     rows = []
     for role, line in card[key].items():
         back = card[half][role]
-        told = f"not within {last}" if back is None else str(back)
+        told = f"not by {last}" if back is None else str(back)
         if not _full(card):
             told = "unknown"
         cells = [_share(line.get(str(step))) for step in steps]
