@@ -5,14 +5,19 @@ Run as a program it checks many of them with a library of its own: a sanitised o
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hansa.sparse import functions, norm
+from hansa.sparse.choice import turned
 from hansa.sparse.convolution import Convolution, Geometry
 from hansa.sparse.kernels import Kernels, required
+from hansa.sparse.layout import to_inner
+from hansa.sparse.norm import BatchNorm2d
 from hansa.sparse.thresholds import keep
 
 
@@ -74,15 +79,54 @@ def check(case: Case, library: Kernels) -> None:
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-3)
 
 
+def check_around(case: Case) -> None:
+    """Compare normalisation in both layouts, and a weight turned to and fro, with PyTorch's."""
+    g, random = case.geometry, torch.Generator().manual_seed(case.seed)
+    shape = (case.batch, g.outputs, *g.out)
+    x, residual, d = (torch.randn(shape, generator=random) for _ in range(3))
+    if x.numel() > g.outputs:  # a variance needs two
+        wanted = _normalised(torch.nn.BatchNorm2d(g.outputs).double(), x, residual, d, case.biased)
+        for layout in (to_inner, turned):
+            ours = BatchNorm2d(g.outputs)
+            found = _normalised(ours, x, residual, d, case.biased, layout)
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
+    weight = torch.randn(g.outputs, g.inputs, *g.kernel, generator=random)
+    least = weight.abs().quantile(case.sparsity)
+    last = functions._turned(weight, least)
+    torch.testing.assert_close(last, torch.where(keep(weight, least), weight, 0.0), rtol=0, atol=0)
+    torch.testing.assert_close(functions._back(last), last, rtol=0, atol=0)
+
+
+def _normalised(
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    d: torch.Tensor,
+    added: bool,
+    layout: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """Return output and all gradients of normalisation, residual and ReLU."""
+    dtype = next(layer.parameters()).dtype
+    leaves = [each.to(dtype).requires_grad_() for each in (x, residual)[: 1 + added]]
+    if layout is None:
+        y = torch.relu(sum(leaves[1:], layer(leaves[0])))
+    else:
+        y = layer(layout(leaves[0]), *leaves[1:], relu=True)
+    return [y, *torch.autograd.grad(y, [*leaves, *layer.parameters()], d.to(dtype))]
+
+
 def main(count: int) -> None:
     """Check so many cases with the widest instruction set of processor and library."""
     library, checked = required(), 0
+    norm.LEAST = 1
 
     @settings(max_examples=count, deadline=None, derandomize=True, database=None)
     @given(cases())
     def run(case: Case) -> None:
         nonlocal checked
         check(case, library)
+        check_around(case)
         checked += 1
 
     run()
