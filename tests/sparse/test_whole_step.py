@@ -80,6 +80,22 @@ def test_a_model_off_the_kernels_may_go_channels_last(pretend) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize(("channels", "safe"), [(15, False), (16, True)])
+def test_channels_last_is_no_choice_where_onednn_writes_past_its_memory(
+    pretend, channels, safe
+) -> None:
+    """Ends the process where it is tried, with fewer than 8 channels on a processor with AVX2."""
+    asked = pretend(Timing(2.0, 1.0), {"contiguous": 2.0, "channels-last": 1.0})
+    layers = [nn.Conv2d(3, channels, 3), nn.Conv2d(channels, channels, 3, padding=1)]
+    shortcut = nn.Conv2d(channels, channels, 1, stride=2)
+    net = nn.Sequential(*layers, shortcut, nn.Flatten(), nn.Linear(9 * channels, 2))
+    sparse = sparsify(net, 0.5, batch_size=4).train()
+    sparse(torch.randn(2, *SHAPE))
+    assert sparse.rule.last is safe
+    assert asked == ([["contiguous", "channels-last"]] if safe else [])
+
+
+@needs_kernels
 def test_what_is_clear_or_cannot_be_timed_is_not(pretend) -> None:
     asked = pretend(Timing(1.0, 2.0), {})
     clear = model()

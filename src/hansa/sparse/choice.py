@@ -121,6 +121,21 @@ def first_inputs(model: "SparseModel", inputs: torch.Tensor) -> dict[str, torch.
     return seen
 
 
+def may_be_last(model: nn.Module) -> bool:
+    """Tell whether a model may train channels-last.
+
+    oneDNN writes past its memory in the weight's gradient of a 1x1 convolution with a stride over
+    fewer channels than fill its block, 8 with AVX2 and 16 with AVX-512 (its issue 6035).
+    """
+    convolutions = (each for each in model.modules() if isinstance(each, nn.Conv2d))
+    return not any(
+        each.kernel_size == (1, 1)
+        and each.stride != (1, 1)
+        and each.in_channels // each.groups < 16
+        for each in convolutions
+    )
+
+
 def turned(x: torch.Tensor) -> torch.Tensor:
     """Return maps channels-last; anything else as it is."""
     if x.dim() != 4 or not plain(x):

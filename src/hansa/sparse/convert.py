@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from hansa.errors import InputError
 from hansa.sparse import layers
-from hansa.sparse.choice import CLEAR, Way, fastest, first_inputs, turned
+from hansa.sparse.choice import CLEAR, Way, fastest, first_inputs, may_be_last, turned
 from hansa.sparse.functions import geometry_of
 from hansa.sparse.fusion import fused
 from hansa.sparse.kernels import find, kernels
@@ -254,7 +254,7 @@ class SparseModel(nn.Module):
             return by_layer
         ways = {"layers": by_layer} if any(compiled.values()) else {}
         ways["contiguous"] = Way(off)
-        if inputs.dim() == 4:
+        if inputs.dim() == 4 and may_be_last(self.plain):
             ways["channels-last"] = Way(off, last=True)
         return ways[fastest(self, inputs, ways)] if len(ways) > 1 else by_layer
 
