@@ -115,7 +115,7 @@ def _role(cells: Sequence[Found], facts: Facts, full: float | None) -> Entry:
     as_is = {"recovered": start["restricted"]["choice"], "attack": UNTOUCHED}
     worst, of_use = {}, {}
     for step in sorted({0, *(int(s) for attack in counted for s in attack["points"])}):
-        # A budget of so many steps holds every shorter attack, and none that was overdone.
+        # A budget of so many steps holds every shorter attack.
         points = [
             (attack["name"], point)
             for attack in counted
