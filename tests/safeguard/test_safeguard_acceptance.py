@@ -72,7 +72,7 @@ def test_before_any_attack(card):
 def test_little_comes_back_within_the_budget(card):
     recovery = recovered(card, 25)
     assert recovery["before"] >= 0.7
-    assert recovery["entropy_200"] >= 0.5  # training seeds differ by more than a tenth
+    assert recovery["entropy_200"] >= 0.7
     assert recovery["safeguarded"] <= 0.5
     assert recovery["same_compute"] - recovery["safeguarded"] >= 0.25
 
@@ -95,7 +95,7 @@ def test_who_never_knew_recovers_nothing(card):
 
 
 def test_the_same_report_says_that_most_comes_back(card):
-    assert card["recovery"]["safeguarded"]["400"] >= 0.6
+    assert card["recovery"]["safeguarded"]["400"] >= 0.7
     assert card["attacks"]["full"]["status"] == "valid"
     assert card["attacks"]["adadelta"]["status"] == "valid"
 
