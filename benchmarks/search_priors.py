@@ -14,8 +14,8 @@ seconds    of one core, for all 240 models; all blocks and the teacher for the f
 
 ``dna_mse`` adds up mean squared errors where ``dna`` has noise to signal. ``donna`` is fitted on
 16 models whose accuracies it takes from the table; their training is not in its seconds. What
-needs no seed, counts of cells, stands below. Finished rankings are kept in FOLDER (by default
-``runs/search-priors``). ``--quick`` trains 8 steps, and scores for one seed.
+counts of operations tell, for nothing, is in ``search_seeds.py``. Finished rankings are kept in
+FOLDER (by default ``runs/search-priors``). ``--quick`` trains 8 steps, and scores for one seed.
 """
 
 import argparse
@@ -31,7 +31,6 @@ import numpy as np
 import torch
 
 from hansa.files import write_atomic
-from hansa.models import blox_space
 from hansa.search.priors import BLOCKWISE, PriorOptions, prior_of
 from hansa.search.profile.rounds import rank_correlation
 from hansa.search.proxies import PROXIES, proxy
@@ -118,15 +117,6 @@ def figures(name: str, seeds: list[int], folder: Path) -> dict[str, float]:
     }
 
 
-def counted() -> dict[str, float]:
-    """Return the correlation with accuracy of how often each operation stands in a model."""
-    table = open_table()
-    accuracy = np.array([table.test_accuracy(int(model)) for model in table.models])
-    counts = blox_space.COUNTS[blox_space.split(table.models)].sum(1).T.astype(float)
-    pairs = zip(blox_space.OPERATIONS, counts, strict=True)
-    return {name: rank_correlation(own, accuracy) for name, own in pairs}
-
-
 def main() -> None:
     """Make all rankings and print a table, or with ``--json`` one object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -156,7 +146,7 @@ def main() -> None:
             job.result()
     found: dict[str, Any] = {name: figures(name, seeds, folder) for name in names}
     if given.json:
-        print(json.dumps({"rankings": found, "counts": counted()}))
+        print(json.dumps({"rankings": found}))
         return
     print("| ranking | alike | least, most | itself | best | first ten | seconds |")
     print("|---|---|---|---|---|---|---|")
@@ -164,7 +154,6 @@ def main() -> None:
         between = f"{own['alike_least']:.2f}, {own['alike_most']:.2f}"
         rest = f"{own['itself']:.2f} | {own['best']:.1f} | {own['first_ten']:.1f}"
         print(f"| {name} | {own['alike']:.2f} | {between} | {rest} | {own['seconds']:.0f} |")
-    print("\ncounts:", ", ".join(f"{name} {value:.2f}" for name, value in counted().items()))
 
 
 if __name__ == "__main__":
