@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 from hansa.files import write_atomic
-from hansa.search.priors import BLOCKWISE, PriorOptions, prior_of
+from hansa.search.priors import BLOCKWISE, PriorOptions, prior_of, proxy_scores
 from hansa.search.profile.rounds import rank_correlation
-from hansa.search.proxies import PROXIES, proxy
+from hansa.search.proxies import PROXIES
 from hansa.search.recipes import open_data, recipe_of
 from hansa.search.spaces import Floats
 from hansa.search.tables import open_table
@@ -66,12 +66,9 @@ def by_training(name: str, seed: int, steps: int, folder: Path) -> tuple[Floats,
 
 def by_proxy(name: str, seed: int) -> Floats:
     """Return a proxy's scores of the table's models at their first weights."""
-    table, recipe = open_table(), recipe_of("gratings16-w8")
-    inputs, labels = open_data(recipe).train
-    batches = [(inputs[k : k + 64], labels[k : k + 64]) for k in (0, 64)]
-    scores = np.array([proxy(name, recipe.build(int(m), seed), batches) for m in table.models])
-    scores[np.isnan(scores)] = -np.inf
-    return scores
+    recipe = recipe_of("gratings16-w8")
+    models = open_table().models
+    return proxy_scores(name, recipe, open_data(recipe), models, seed, lambda _: None)
 
 
 def work(names: tuple[str, ...], seed: int, steps: int, folder: Path) -> None:

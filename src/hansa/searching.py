@@ -29,9 +29,8 @@ from hansa.runs import claim, locked
 from hansa.search.federated import Group, groups
 from hansa.search.loop import Answer, answered, best_of, incumbents, looked_up, pursue
 from hansa.search.options import SearchOptions
-from hansa.search.priors import PRIORS, prior_of
+from hansa.search.priors import PRIORS, prior_of, proxy_scores
 from hansa.search.profile import rank_correlation
-from hansa.search.proxies import proxy
 from hansa.search.recipes import RECIPES, Recipe, Splits, open_data, recipe_of
 from hansa.search.searchers import SEARCHERS, Optuna, Searcher
 from hansa.search.simulate import simulate
@@ -313,16 +312,11 @@ class _Stage:
         recipe = self.recipe
         if recipe is None:
             raise InputError(what, name, "none for a table of others: their models are not here")
-        inputs, labels = self.splits.train
-        size = max(recipe.batch_size, 64)
-        batches = [(inputs[k : k + size], labels[k : k + size]) for k in (0, size)]
-        found = np.empty(len(models))
-        for k, model in enumerate(models.tolist()):
-            module = recipe.build(model, self.options.seed)
-            value = proxy(name, module, batches, seed=self.options.seed)
-            found[k] = -np.inf if np.isnan(value) else value
-            self.watch(f"{what} {name}", k + 1, len(models))
-        return found
+
+        def watch(done: int) -> None:
+            self.watch(f"{what} {name}", done, len(models))
+
+        return proxy_scores(name, recipe, self.splits, models, self.options.seed, watch)
 
     def _told_by_table(self, model: int) -> dict[str, Any]:
         """Return what only a table can tell: the optimum, other seeds, the front."""

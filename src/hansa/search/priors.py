@@ -1,4 +1,4 @@
-"""What is known of all models before the first is asked for: by blocks, or by a supernet."""
+"""What is known of models before the first is asked for: by blocks, a supernet, or a proxy."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from hansa.files import write_atomic
 from hansa.models.blox import Blox
 from hansa.models.blox_space import CELLS, NUM_MODELS, Cell, id_of_cells
 from hansa.search.blockwise import BlockFitting, train_blocks
+from hansa.search.proxies import proxy
 from hansa.search.rankings import dna, donna, lana
 from hansa.search.recipes import Recipe, Splits
 from hansa.search.spaces import Floats, Ints
@@ -115,6 +116,30 @@ def prior_of(
     held = features(teacher, splits.validation[0])
     swapped = swap_accuracies(blocks, teacher, held, splits.validation[1])
     return lana(swapped, scores_of(teacher, splits.validation)["accuracy"])
+
+
+def proxy_scores(
+    name: str, recipe: Recipe, splits: Splits, models: Ints, seed: int, watch: Callable[[int], None]
+) -> Floats:
+    """Return a zero-cost proxy's scores of models at their first weights, -inf for nan.
+
+    Args:
+        name: one of ``proxies.PROXIES``.
+        recipe: that models are built by.
+        splits: its data; two batches of training samples are looked at.
+        models: their numbers.
+        seed: of weights, and of what a network draws.
+        watch: called with how many are done.
+    """
+    inputs, labels = splits.train
+    size = max(recipe.batch_size, 64)
+    batches = [(inputs[k : k + size], labels[k : k + size]) for k in (0, size)]
+    found = np.empty(len(models))
+    for k, model in enumerate(models.tolist()):
+        value = proxy(name, recipe.build(model, seed), batches, seed=seed)
+        found[k] = -np.inf if np.isnan(value) else value
+        watch(k + 1)
+    return found
 
 
 def _teacher(
