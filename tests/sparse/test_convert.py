@@ -365,6 +365,20 @@ def test_what_a_trace_would_freeze_runs_as_it_is_written(kind) -> None:
 
 
 @needs_kernels
+def test_a_layer_that_is_exchanged_is_no_longer_run() -> None:
+    model = _chain(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    x = torch.randn(4, 2, 8, 8)
+    model(x)  # for the lazy layer
+    sparse = sparsify(model, 0.5, path="kernels").train()
+    assert sparse(x).any()
+    last = nn.Linear(sparse.plain[-1].in_features, 3)
+    for each in last.parameters():
+        nn.init.zeros_(each)
+    sparse.plain[-1] = last
+    assert not sparse(x).any()
+
+
+@needs_kernels
 def test_hooks_are_called() -> None:
     model = _chain(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     x = torch.randn(4, 2, 8, 8)

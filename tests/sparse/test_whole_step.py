@@ -171,6 +171,21 @@ def test_channels_last_is_the_same_step() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_weights_lie_as_the_maps_do_and_stay_what_an_optimizer_holds() -> None:
+    sparse = model(path="reference")
+    optimizer = torch.optim.SGD(sparse.parameters(), 0.1, momentum=0.9)
+    before = {name: tensor.clone() for name, tensor in sparse.state_dict().items()}
+    sparse.take(Way(last=True))
+    assert is_last(sparse.conv2.weight)
+    assert all(torch.equal(before[name], tensor) for name, tensor in sparse.state_dict().items())
+    sparse(torch.randn(6, *SHAPE)).sum().backward()
+    optimizer.step()
+    assert is_last(sparse.conv2.weight.grad)
+    assert not torch.equal(before["conv2.weight"], sparse.conv2.weight)
+    sparse.take(Way())
+    assert all(tensor.is_contiguous() for tensor in sparse.state_dict().values())
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 2, 3, 0), (3, 1, 0, 2)])
 @pytest.mark.parametrize("least", [0.0, 0.7])
 def test_pruning_keeps_the_layout(order, least) -> None:

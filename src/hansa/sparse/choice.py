@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CLEAR = 0.5
 """Share of its layers' time by the reference that a model saves at least, to need no timing."""
-REPEATS = 3
+REPEATS = 5
 
 
 @dataclass(frozen=True)

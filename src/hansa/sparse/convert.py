@@ -1,18 +1,18 @@
 """Any model of Conv2d and Linear layers, made to train sparsely."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from hansa.errors import InputError
 from hansa.sparse import layers
 from hansa.sparse.choice import CLEAR, Way, fastest, first_inputs, may_be_last, turned
 from hansa.sparse.functions import geometry_of
-from hansa.sparse.fusion import fused
+from hansa.sparse.fusion import fused, runnable
 from hansa.sparse.kernels import find, kernels
 from hansa.sparse.layers import DenseConv2d, Path, Rule, SparseConv2d, SparseLinear
 from hansa.sparse.norm import BatchNorm2d, GroupNorm
@@ -153,7 +153,7 @@ class SparseModel(nn.Module):
         self.__dict__["plain"] = model  # hidden: its layers are this module's own
         self.rule, self.batch_size, self.fuse = rule, batch_size, fuse
         self.training = model.training
-        self._steps: dict[tuple[bool, ...], fx.Interpreter | None] = {}
+        self._steps: dict[Any, Callable[..., Any] | None] = {}
         self._decided = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -234,9 +234,13 @@ class SparseModel(nn.Module):
             self.take(self._fastest(inputs, took))
 
     def take(self, way: Way) -> None:
-        """Train in a way from now on."""
+        """Train in a way from now on, with weights that lie as its maps do."""
         self._decided = True
         self.rule.compiled, self.rule.last = dict(way.compiled), way.last
+        layout = torch.channels_last if way.last else torch.contiguous_format
+        for each in self.plain.parameters():
+            if each.dim() == 4 and plain(each):
+                each.data = each.data.contiguous(memory_format=layout)
 
     def _timing(self, layer: SparseConv2d | SparseLinear, x: torch.Tensor) -> Timing:
         rule = self.rule
@@ -258,15 +262,15 @@ class SparseModel(nn.Module):
             ways["channels-last"] = Way(off, last=True)
         return ways[fastest(self, inputs, ways)] if len(ways) > 1 else by_layer
 
-    def _runner(self) -> nn.Module | Any:
+    def _runner(self) -> Callable[..., Any]:
         if not (self.rule.last or any(self.rule.compiled.values())):
             return self.plain
-        modes = tuple(module.training for module in self.plain.modules())
-        if modes not in self._steps:
+        parts = tuple(self.plain.modules())
+        about = parts, tuple(part.training for part in parts)
+        if about not in self._steps:
             graph = fused(self.plain) if self.fuse else None
-            self._steps[modes] = None if graph is None else fx.Interpreter(self.plain, graph=graph)
-        steps = self._steps[modes]
-        return self.plain if steps is None else steps.run
+            self._steps[about] = None if graph is None else runnable(self.plain, graph)
+        return self._steps[about] or self.plain
 
 
 def _turn(module: nn.Module, kind: type[nn.Module]) -> Any:

@@ -153,7 +153,7 @@ def _gradients(
     if s is None:
         dx, dw = d @ used, d.flatten(0, -2).t() @ held.flatten(0, -2)
     else:
-        dx, dw, _ = torch.ops.aten.convolution_backward(
+        dx, dw, _ = torch.ops.aten.convolution_backward.default(
             *(d, held, used, None, s.stride, s.padding, s.dilation, False, (0, 0), s.groups),
             (True, True, False),
         )

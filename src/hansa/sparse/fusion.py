@@ -1,6 +1,8 @@
 """A model's steps, with each normalisation taking along the residual and the ReLU after it."""
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,18 @@ from hansa.sparse.norm import BatchNorm2d, GroupNorm
 
 _RELU = (F.relu, torch.relu, torch.relu_)
 _ADD = (operator.add, operator.iadd, torch.add)
-_POOL = (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
+
+
+def _keeping(function: Any) -> Callable[..., Any]:
+    """Return a pooling function that keeps the layout."""
+
+    def pooled(x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return pool(function, x, *args, **options)
+
+    return pooled
+
+
+_POOL = {each: _keeping(each) for each in (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)}
 
 
 class _Tracer(fx.Tracer):
@@ -51,10 +64,17 @@ def fused(model: nn.Module) -> fx.Graph | None:
         if node.op == "call_module" and isinstance(kinds[node.target], BatchNorm2d | GroupNorm):
             _take_along(graph, node, kinds)
         elif node.op == "call_function" and node.target in _POOL and node.args:
-            node.args = (node.target, *node.args)
-            node.target = pool
+            node.target = _POOL[node.target]
     graph.lint()
     return graph
+
+
+def runnable(model: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    """Return a function that goes through a model's steps with the layers that it has now."""
+    if any(node.op == "get_attr" for node in graph.nodes):
+        return fx.Interpreter(model, graph=graph).run  # whose tensors may change from call to call
+    forward: Callable[..., Any] = fx.GraphModule(model, graph).forward  # faster than node by node
+    return forward
 
 
 def _take_along(graph: fx.Graph, norm: fx.Node, kinds: dict[str, nn.Module]) -> None:

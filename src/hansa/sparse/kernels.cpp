@@ -840,6 +840,11 @@ RETURNS(float, kth)(const float *x, long n, long k) {
         if (above + here >= k || !bin) break;
         above += here;
     }
+    if (!bin) {  // what is left is next to nothing but zeros, of which a ReLU makes many
+        long other = 0;
+        for (long i = 0; i < n; i++) other += bits(i) != 0;
+        if (k > other) return 0;
+    }
     std::vector<uint32_t> candidates;
     for (long i = 0; i < n; i++)
         if (const uint32_t b = bits(i); static_cast<int>(b >> SHIFT) == bin) candidates.push_back(b);
@@ -856,8 +861,21 @@ EXPORT(prune)(const float *x, float threshold, float *out, long n, long threads)
     for (long i = 0; i < n; i++) out[i] = std::fabs(x[i]) >= threshold ? x[i] : 0.0f;
 }
 
+namespace {
+
+// One matrix turned; ROWS, where it is not 0, is their number known to the compiler.
+template <long ROWS, class F>
+INLINE void turn_one(const float *from, float *to, long rows, long columns, F &&f) {
+    if (ROWS) rows = ROWS;
+    for (long c = 0; c < columns; c++)
+        UNROLL for (long r = 0; r < rows; r++) to[c * rows + r] = f(from[r * columns + c]);
+}
+
+}  // namespace
+
 // out[b][c][r] = x[b][r][c] where its magnitude is at least `threshold`, else 0: a convolution's
-// weight to channels-last, and its gradient back.
+// weight to channels-last, and its gradient back. Without a threshold all is kept, what is no
+// number as well.
 EXPORT(turn)(const float *x, float threshold, float *out, long batch, long rows, long columns,
              long threads) {
     const long size = rows * columns;
@@ -865,12 +883,13 @@ EXPORT(turn)(const float *x, float threshold, float *out, long batch, long rows,
     for (long b = 0; b < batch; b++) {
         const float *from = x + b * size;
         float *to = out + b * size;
-        for (long c = 0; c < columns; c++)
-            for (long r = 0; r < rows; r++) {
-                const float value = from[r * columns + c];
-                // Without a threshold all is kept, what is no number as well.
-                to[c * rows + r] = threshold <= 0 || std::fabs(value) >= threshold ? value : 0.0f;
-            }
+        if (threshold > 0)
+            turn_one<0>(from, to, rows, columns,
+                        [&](float v) { return std::fabs(v) >= threshold ? v : 0.0f; });
+        else if (rows == 9)  // a gradient of 3x3
+            turn_one<9>(from, to, rows, columns, [](float v) { return v; });
+        else
+            turn_one<0>(from, to, rows, columns, [](float v) { return v; });
     }
 }
 
@@ -1157,14 +1176,27 @@ EXPORT(batch_norm_last)(const float *x, const float *residual, const float *scal
     }
 }
 
+// Where nothing was added before the ReLU, whether it let a value pass is worked out again from x,
+// which is read anyway: y is then null.
 EXPORT(batch_norm_last_back)(const float *d, const float *x, const float *y, const float *scale,
-                             const float *mean, const float *inverse, float *dx, float *dresidual,
-                             float *dscale, float *dshift, long C, long size, long relu,
-                             long threads) {
+                             const float *shift, const float *mean, const float *inverse, float *dx,
+                             float *dresidual, float *dscale, float *dshift, long C, long size,
+                             long relu, long threads) {
     const Rows part(C, size);
-    std::vector<float> parts(static_cast<size_t>(2 * C * part.count)), lines(static_cast<size_t>(3 * C));
-    float *found = parts.data(), *a = lines.data(), *b = a + C, *slope = b + C;
+    std::vector<float> parts(static_cast<size_t>(2 * C * part.count)), lines(static_cast<size_t>(4 * C));
+    float *found = parts.data(), *a = lines.data(), *b = a + C, *slope = b + C, *base = slope + C;
     const double count = static_cast<double>(size);
+    for (long c = 0; c < C; c++) {
+        a[c] = inverse[c] * (scale ? scale[c] : 1);
+        base[c] = (shift ? shift[c] : 0) - mean[c] * a[c];
+    }
+    // The gradient before the ReLU of the part of row `at` that starts with column c.
+    const auto before = [&](long at, long c, auto value) {
+        using T = decltype(value);
+        const T e = get<T>(d + at);
+        if (!relu) return e;
+        return positive(y ? get<T>(y + at) : get<T>(x + at) * get<T>(a + c) + get<T>(base + c), e);
+    };
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
 #pragma omp for schedule(static)
@@ -1178,9 +1210,8 @@ EXPORT(batch_norm_last_back)(const float *d, const float *x, const float *y, con
                 UNROLL for (int w = 0; w < W; w++) middle[w] = get<T>(mean + c + w * step);
                 for (long r = 0; r < rows; r++)
                     UNROLL for (int w = 0; w < W; w++) {
-                        const long at = start + r * C + c + w * step;
-                        T e = get<T>(d + at);
-                        if (relu) e = positive(get<T>(y + at), e);
+                        const long column = c + w * step, at = start + r * C + column;
+                        const T e = before(at, column, kind);
                         if (dresidual) put(dresidual + at, e);
                         total[w] += e;
                         scaled[w] += e * (get<T>(x + at) - middle[w]);
@@ -1200,20 +1231,16 @@ EXPORT(batch_norm_last_back)(const float *d, const float *x, const float *y, con
             }
             if (dshift) dshift[c] = static_cast<float>(total);
             if (dscale) dscale[c] = static_cast<float>(scaled) * inverse[c];
-            a[c] = inverse[c] * (scale ? scale[c] : 1);
             // dx = (e - b - (x - mean) slope) a, with what does not depend on the row put together.
             slope[c] = static_cast<float>(scaled / count) * inverse[c] * inverse[c];
             b[c] = static_cast<float>(total / count) - mean[c] * slope[c];
         }
-        const float *from = dresidual ? dresidual : d;
-        const bool hides = relu && !dresidual;
 #pragma omp for schedule(static)
         for (long r = 0; r < size; r++) {
             each(C, [&](long c, auto kind) {
                 using T = decltype(kind);
                 const long at = r * C + c;
-                T e = get<T>(from + at);
-                if (hides) e = positive(get<T>(y + at), e);
+                const T e = dresidual ? get<T>(dresidual + at) : before(at, c, kind);
                 put(dx + at, (e - get<T>(b + c) - get<T>(x + at) * get<T>(slope + c)) * get<T>(a + c));
             });
         }

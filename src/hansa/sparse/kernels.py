@@ -6,9 +6,10 @@
 import ctypes
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,7 @@ class Kernels:
     path: Path
     isa: str
     _library: ctypes.CDLL
+    _functions: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def vector(self) -> int:
@@ -50,21 +52,30 @@ class Kernels:
         Raises:
             ValueError: a tensor that is not contiguous, not on the CPU, or of another dtype.
         """
-        function = getattr(self._library, f"hansa_{name}_{self.isa}")
-        function.restype = _RESULTS.get(name)
+        function = self._functions.get(name)
+        if function is None:
+            function = getattr(self._library, f"hansa_{name}_{self.isa}")
+            function.restype = _RESULTS.get(name)
+            function.argtypes = [_type(value) for value in arguments]
+            self._functions[name] = function
         result: float = function(*map(_c, arguments))
         return result
 
 
-def _c(value: Argument) -> ctypes.c_void_p | ctypes.c_long | ctypes.c_float | None:
-    if isinstance(value, torch.Tensor):
-        if not value.is_contiguous() or value.device.type != "cpu" or value.dtype not in _DTYPES:
-            about = f"{value.dtype} on {value.device}, strides {value.stride()}"
-            raise ValueError(f"a kernel takes contiguous float32 tensors on the CPU, not {about}")
-        return ctypes.c_void_p(value.data_ptr())
-    if value is None:
-        return None
-    return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_float(value)
+def _type(value: Argument) -> type:
+    """Return the C type of an argument, which is of one kind in all calls."""
+    if value is None or isinstance(value, torch.Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_long if isinstance(value, int) else ctypes.c_float
+
+
+def _c(value: Argument) -> int | float | None:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not (value.is_contiguous() and value.is_cpu and value.dtype in _DTYPES):
+        about = f"{value.dtype} on {value.device}, strides {value.stride()}"
+        raise ValueError(f"a kernel takes contiguous float32 tensors on the CPU, not {about}")
+    return value.data_ptr()
 
 
 @cache

@@ -58,15 +58,20 @@ class GroupNorm(nn.GroupNorm):
         return y
 
 
-def _fits(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> bool:
+def _fits(norm: BatchNorm2d | GroupNorm, x: torch.Tensor, residual: torch.Tensor | None) -> bool:
     """Tell whether the kernels can do it."""
     if kernels() is None or x.dim() != 4 or not x.numel() or not plain(x):
         return False
     if not is_inner(x) and (isinstance(norm, nn.GroupNorm) or x.numel() < LEAST or not is_last(x)):
         return False
-    own = [t for t in (*norm.parameters(), *norm.buffers()) if t.dim()]
-    channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
-    if x.shape[1] != channels or not all(plain(t) and t.is_contiguous() for t in own):
+    own: tuple[torch.Tensor | None, ...] = norm.weight, norm.bias
+    if isinstance(norm, nn.GroupNorm):
+        channels = norm.num_channels
+    else:
+        channels, own = norm.num_features, (*own, norm.running_mean, norm.running_var)
+    if x.shape[1] != channels:
+        return False
+    if not all(each is None or (plain(each) and each.is_contiguous()) for each in own):
         return False
     return residual is None or (residual.shape == x.shape and plain(residual))
 
@@ -114,29 +119,32 @@ class _Normalise(torch.autograd.Function):
             rates = (float(momentum), float(epsilon))
             name = "batch_norm_last" if last else "batch_norm"
             found.call(name, *common, *state, *sizes, int(relu), *rates, threads)
-        ctx.save_for_backward(x, y if relu else None, scale, mean, inverse)
+        # Channels-last, where nothing was added, x tells what the ReLU let pass.
+        read = y if relu and not (last and residual is None) else None
+        ctx.save_for_backward(x, read, scale, shift, mean, inverse)
         ctx.sizes, ctx.groups, ctx.relu, ctx.last = sizes, groups, relu, last
-        ctx.residual, ctx.shift = residual is not None, shift is not None
+        ctx.residual = residual is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, y, scale, mean, inverse = ctx.saved_tensors
+        x, y, scale, shift, mean, inverse = ctx.saved_tensors
         dx = torch.empty_like(x)
         dresidual = torch.empty_like(x) if ctx.residual and ctx.relu else None
         dscale = None if scale is None else torch.empty_like(scale)
-        dshift = x.new_empty(x.shape[1]) if ctx.shift else None
+        dshift = None if shift is None else torch.empty_like(shift)
         found, threads = required(), torch.get_num_threads()
         name = "group_norm_back" if ctx.groups else "batch_norm_back"
+        lines: tuple[torch.Tensor | None, ...] = scale, mean, inverse
         if ctx.last:
-            name = "batch_norm_last_back"
+            name, lines = "batch_norm_last_back", (scale, shift, mean, inverse)
         incoming, read, out, written, added = (
             None if t is None else _memory(t, ctx.last) for t in (d, x, y, dx, dresidual)
         )
         found.call(
             name,
-            *(incoming, read, out, scale, mean, inverse, written, added, dscale, dshift),
+            *(incoming, read, out, *lines, written, added, dscale, dshift),
             *(*ctx.sizes, int(ctx.relu), threads),
         )
         if ctx.residual and dresidual is None:

@@ -10,6 +10,8 @@ import torch
 
 from hansa.sparse.kernels import kernels
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 
 def count_kept(sparsity: float, numel: int) -> int:
     """Return how many entries of a tensor are kept, at least one."""
@@ -55,10 +57,10 @@ def _innermost(x: torch.Tensor) -> int | None:
 
 def is_wrapped(x: torch.Tensor) -> bool:
     """Tell whether a tensor stands for others under ``vmap`` or another transform."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+    return bool(_is_wrapped(x))
 
 
 def plain(x: torch.Tensor) -> bool:
     """Tell whether a kernel may read a tensor: float32 on the CPU, and no transform around it."""
-    is_plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not is_wrapped(x)
-    return is_plain and x.dtype is torch.float32 and x.device.type == "cpu"
+    is_plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not _is_wrapped(x)
+    return is_plain and x.dtype is torch.float32 and x.is_cpu
