@@ -868,7 +868,7 @@ template <long ROWS, class F>
 INLINE void turn_one(const float *from, float *to, long rows, long columns, F &&f) {
     if (ROWS) rows = ROWS;
     for (long c = 0; c < columns; c++)
-        UNROLL for (long r = 0; r < rows; r++) to[c * rows + r] = f(from[r * columns + c]);
+        for (long r = 0; r < rows; r++) to[c * rows + r] = f(from[r * columns + c]);
 }
 
 }  // namespace
