@@ -224,7 +224,7 @@ def test_a_channels_last_step_has_the_numbers_of_a_contiguous_one(shape, path, m
         ]
         y = functions.reference(*leaves, None, least, least, functions.Shape())
         dx, dw = torch.autograd.grad(y.square().sum(), leaves)
-        assert path == "pytorch" or dw.is_contiguous()
+        assert path == "pytorch" or kernels.kernels() is None or dw.is_contiguous()
         found.append((y, dx, dw))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
