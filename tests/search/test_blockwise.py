@@ -203,6 +203,7 @@ def test_fine_tuning_follows_the_teacher_and_keeps_the_best(blocks) -> None:
 def test_without_a_teacher_labels_alone_count(blocks) -> None:
     x, y = inputs(24), labels(24)
     model = assemble(blocks, [5, 20, 44])
-    before = scores_of(model, (x, y))["accuracy"]
-    found = fine_tune(model, None, (x, y), (x, y), Fitting(steps=40, batch_size=8))
-    assert found.figures["accuracy"] >= max(0.5, before)
+    assert scores_of(model, (x, y))["accuracy"] < 0.5
+    # Half as many steps are enough with some processors' roundings and not with others'.
+    found = fine_tune(model, None, (x, y), (x, y), Fitting(steps=80, batch_size=8))
+    assert found.figures["accuracy"] >= 0.9
