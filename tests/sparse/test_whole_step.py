@@ -208,6 +208,14 @@ def test_inputs_and_what_needs_no_mask_are_not_copied() -> None:
         assert (used.data_ptr() == weight.data_ptr()) is (least_weight is nothing)
 
 
+@pytest.mark.parametrize("least", [0.0, 0.6, float("nan")])
+def test_a_turned_weight_keeps_what_a_pruned_one_keeps(least) -> None:
+    weight = torch.randn(4, 5, 3, 3)
+    turned = functions._turned(weight, torch.tensor(least))
+    assert is_last(turned)
+    assert torch.equal(turned, pruned(weight, torch.tensor(least)))
+
+
 @pytest.mark.parametrize("path", ["kernels", "pytorch"])
 @pytest.mark.parametrize("shape", [(5, 7, 3, 3), (4, 1, 2, 3), (3, 6, 1, 1), (1, 9, 3, 2)])
 def test_a_channels_last_step_has_the_numbers_of_a_contiguous_one(shape, path, monkeypatch) -> None:

@@ -883,7 +883,7 @@ EXPORT(turn)(const float *x, float threshold, float *out, long batch, long rows,
     for (long b = 0; b < batch; b++) {
         const float *from = x + b * size;
         float *to = out + b * size;
-        if (threshold > 0)
+        if (!(threshold <= 0))  // by a threshold that is no number nothing is kept, as by `prune`
             turn_one<0>(from, to, rows, columns,
                         [&](float v) { return std::fabs(v) >= threshold ? v : 0.0f; });
         else if (rows == 9)  // a gradient of 3x3
