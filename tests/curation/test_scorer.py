@@ -44,8 +44,8 @@ def test_the_scores_of_a_data_set_are_those_of_the_stage(
         for id_, value in zip(
             table["id"].to_pylist(), table[f"score.{name}"].to_pylist(), strict=True
         ):
-            # Batches of other sizes are rounded otherwise, near 0 by more than a share of that.
-            wanted = pytest.approx(value, rel=1e-5, abs=1e-6)
+            # Batches of other sizes are rounded otherwise; `ira` is a difference of two losses.
+            wanted = pytest.approx(value, rel=1e-5, abs=1e-6 if name == "ira" else None)
             assert stats[id_][NAMES.get(name, name)] == wanted
 
 
