@@ -15,7 +15,7 @@ from torch import nn
 
 from hansa.sparse.fusion import is_more_than_its_steps
 from hansa.sparse.kernels import required
-from hansa.sparse.probe import clock, remembered
+from hansa.sparse.probe import REPEATS, clock, remembered
 from hansa.sparse.thresholds import plain
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 CLEAR = 0.5
 """Share of its layers' time by the reference that a model saves at least, to need no timing."""
-REPEATS = 5
 
 
 @dataclass(frozen=True)
