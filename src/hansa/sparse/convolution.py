@@ -5,13 +5,20 @@ a convolution of maps of one pixel.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from hansa.sparse.kernels import Argument, Kernels, required
 
-NEAR = 900 << 10
-"""Bytes of a slab that stays near the core."""
+NEAR = 600 << 10
+"""Bytes of a slab that stays near the core together with what its block writes."""
+CORE = 48 << 10
+"""Bytes that stay in the core's first cache: what a tile of outputs reads of a unit's channels."""
+FEW = 8
+"""Entries of a list for which a tile's sums are worth fetching and storing again."""
+MOST = 1 << 20
+"""Bytes of the largest slab of all samples at once."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Geometry:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
 
-    @property
+    @cached_property
     def out(self) -> tuple[int, int]:
         """Rows and columns of an output map."""
         sizes = zip((self.height, self.width), self.kernel, self.stride, self.padding, strict=True)
@@ -87,7 +94,7 @@ class Blocks:
         # many, the slab would be too large for that.
         whole = fit(batch, 16 * vector)
         high, wide = whole.slab
-        if batch <= vector or (batch <= 4 * vector and 4 * planes * high * wide * batch <= NEAR):
+        if batch <= vector or (batch <= 4 * vector and 4 * planes * high * wide * batch <= MOST):
             return whole
         return fit(vector, vector * vector)
 
@@ -115,17 +122,31 @@ class Convolution:
         self._backward = Blocks.of(classes, g.outputs, g.reach, batch, found.vector)
         self._tables = self._offsets()
         size = g.outputs * len(self._tables[0])
+        self._unit = self._channels(self._forward, g.classes)
+        self._unit_back = self._channels(self._backward, 1)
+        self._units = -(-g.inputs // self._unit)
+        self._units_back = -(-g.outputs // self._unit_back)
 
         def numbers(count: int) -> torch.Tensor:
             return torch.empty(count, dtype=torch.int32)
 
         # Pages of these that no kept weight reaches are never touched, and cost no memory.
-        self._begin, self._offset, self._value = numbers(g.outputs + 1), numbers(size), _new(size)
-        self._flat = numbers(size)
-        self._begin_back = numbers(g.classes * g.inputs + 1)
+        self._begin = numbers(g.outputs * self._units + 1)
+        self._offset, self._value, self._flat = numbers(size), _new(size), numbers(size)
+        self._begin_back = numbers(g.classes * g.inputs * self._units_back + 1)
         self._offset_back, self._value_back = numbers(size), _new(size)
         self.kept = 0
         self.version = 0
+
+    def _channels(self, blocks: Blocks, planes: int) -> int:
+        """Return how many channels a tile of two rows of outputs reads from the first cache."""
+        (high, wide), vector = self.geometry.reach, self._kernels.vector
+        tile = vector * vector // 2 + wide * blocks.samples
+        return max(1, CORE // (4 * planes * (2 + high) * tile))
+
+    def _step(self, lists: int, units: int) -> int:
+        """Return how many units are added up before a tile's sums are stored."""
+        return max(1, -(-FEW * lists * units // max(1, self.kept)))
 
     def _offsets(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return, by column of the weight matrix, offsets in both slabs, and the target.
@@ -163,6 +184,7 @@ class Convolution:
                 "pattern",
                 *(weight, float(threshold), g.outputs, len(forward), forward, backward, target),
                 *(high * wide * samples, g.classes * g.inputs),
+                *(self._unit * len(forward) // g.inputs, self._unit_back),
                 *(self._begin, self._offset, self._value),
                 *(self._flat, self._begin_back, self._offset_back, self._value_back),
             )
@@ -175,7 +197,8 @@ class Convolution:
         y = _new(g.outputs, *g.out, x.shape[3])
         self._kernels.call(
             "convolve",
-            *(*self._source(x), self._begin, self._offset, self._value, g.outputs, bias),
+            *(*self._source(x), self._begin, self._offset, self._value, g.outputs),
+            *(self._units, self._step(g.outputs, self._units), bias),
             *(y, *g.out, torch.get_num_threads()),
         )
         return y
@@ -190,6 +213,7 @@ class Convolution:
         g, blocks, batch = self.geometry, self._backward, d.shape[3]
         (sh, sw), (top, left), threads = g.stride, g.reach, torch.get_num_threads()
         x = _new(g.inputs, g.height, g.width, batch)
+        units, lists = self._units_back, g.classes * g.inputs
         for class_ in range(g.classes):
             # Input pixels of a class begin here, and their first tap meets this output pixel.
             y0, x0 = (class_ // sw - g.padding[0]) % sh, (class_ % sw - g.padding[1]) % sw
@@ -202,8 +226,9 @@ class Convolution:
                 "convolve",
                 *(d, g.outputs, *g.out, batch, 1, 1, top - q0, left - p0),
                 *(blocks.samples, blocks.rows, blocks.columns, *blocks.slab),
-                *(self._begin_back[class_ * g.inputs :], self._offset_back, self._value_back),
-                *(g.inputs, None, out, rows, columns, threads),
+                *(self._begin_back[class_ * g.inputs * units :], self._offset_back),
+                *(self._value_back, g.inputs, units, self._step(lists, units)),
+                *(None, out, rows, columns, threads),
             )
             if g.classes > 1:
                 self._kernels.call(
@@ -230,7 +255,8 @@ class Convolution:
         values = _new(self.kept)
         self._kernels.call(
             "sample",
-            *(*self._source(x), self._begin, self._offset, g.outputs, d, *g.out, values),
+            *(*self._source(x), self._begin, self._offset, g.outputs, self._units, d),
+            *(*g.out, values),
             torch.get_num_threads(),
         )
         gradient = torch.zeros(g.outputs, g.inputs, *g.kernel)

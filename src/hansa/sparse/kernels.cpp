@@ -145,9 +145,11 @@ void cover(long height, long length, std::vector<Tile> &out) {
     if (rest) column(length - V, 1, static_cast<int>(V - rest));
 }
 
-struct Pattern {  // rows of (offset in floats of the slab, value)
+struct Pattern {  // rows of (offset in floats of the slab, value), each of so many units
     const int32_t *begin, *offset;
     const float *value;
+    long units;
+    long start(long row) const { return begin[row * units]; }
 };
 
 struct Run {  // where a tile reads and writes
@@ -156,6 +158,8 @@ struct Run {  // where a tile reads and writes
     long in_row, out_row, out_channel, out_vector;  // floats between neighbours
     const float *bias;
     bool stream;  // whether outputs pass by the caches, since they would not fit
+    long from, to;    // units that are added up in this run
+    float *sums;      // of earlier units, and for later ones
 };
 
 INLINE void put_out(float *p, vec v, bool stream) {
@@ -179,11 +183,15 @@ OWN void sweep(const Pattern &w, const Run &run, long first, long last) {
     for (long o = first; o < last; o++) {
         vec a[U][R][P];
         const vec start = all(run.bias ? run.bias[o] : 0.0f);
+        float *const sums = run.sums + (o - first) * R * P * V;
         UNROLL for (int u = 0; u < U; u++)
             UNROLL for (int r = 0; r < R; r++)
                 UNROLL for (int p = 0; p < P; p++) a[u][r][p] = u ? vec{} : start;
-        long j = w.begin[o];
-        const long end = w.begin[o + 1];
+        if (run.from)
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int p = 0; p < P; p++) a[0][r][p] = load(sums + (r * P + p) * V);
+        long j = w.begin[o * w.units + run.from];
+        const long end = w.begin[o * w.units + run.to];
         for (; j + U <= end; j += U)
             UNROLL for (int u = 0; u < U; u++) {
                 const long at = offset[j + u];
@@ -204,7 +212,10 @@ OWN void sweep(const Pattern &w, const Run &run, long first, long last) {
             UNROLL for (int p = 0; p < P; p++) {
                 vec total = a[0][r][p];
                 UNROLL for (int u = 1; u < U; u++) total += a[u][r][p];
-                put_out(out + r * run.out_row + p * run.out_vector, total, run.stream);
+                if (run.to == w.units)
+                    put_out(out + r * run.out_row + p * run.out_vector, total, run.stream);
+                else
+                    store(sums + (r * P + p) * V, total);
             }
     }
 }
@@ -224,7 +235,7 @@ OWN void sample(const Pattern &w, const Run &run, long first, long last, int ove
         if (overlap)
             UNROLL for (int r = 0; r < R; r++)
                 UNROLL for (int p = 0; p < P; p++) d[r][p] = without_first(d[r][p], overlap);
-        for (long j = w.begin[o]; j < w.begin[o + 1]; j++) {
+        for (long j = w.start(o); j < w.start(o + 1); j++) {
             const long at = w.offset[j];
             vec s[4] = {load(sums + j * V), vec{}, vec{}, vec{}};
             UNROLL for (int r = 0; r < R; r++)
@@ -506,7 +517,8 @@ struct Kept {  // of eight floats
 };
 #endif
 
-// Append the kept of n floats: their values, and base + 32 * position.
+// Append the kept of n floats: their values, and base + 32 * position. Whole vectors have no branch,
+// which would be guessed wrong where few are kept.
 INLINE long compress(const float *x, long n, float threshold, int32_t base, int32_t *index,
                      float *value) {
     long count = 0, i = 0;
@@ -519,7 +531,6 @@ INLINE long compress(const float *x, long n, float threshold, int32_t base, int3
         __mmask16 keep = _mm512_mask_cmp_ps_mask(there, _mm512_abs_ps(v),
                                                  _mm512_set1_ps(threshold), _CMP_GE_OQ);
         keep = _mm512_mask_cmp_ps_mask(keep, v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
-        if (!keep) continue;
         const __m512i at = _mm512_add_epi32(
             lanes, _mm512_set1_epi32(base + static_cast<int32_t>(i) * LANES));
         // A compressing store is slow on some processors; the buffers leave room for whole ones.
@@ -529,7 +540,7 @@ INLINE long compress(const float *x, long n, float threshold, int32_t base, int3
     }
 #elif defined(__AVX2__)
     const __m256i lanes = _mm256_slli_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), 5);
-    for (; i + 8 <= n; i += 8) {  // without a branch, which would be guessed wrong
+    for (; i + 8 <= n; i += 8) {
         const __m256 v = _mm256_loadu_ps(x + i);
         const Kept keep(v, threshold);
         const __m256i from = keep.from();
@@ -555,54 +566,70 @@ long floor_mod(long a, long b) { return ((a % b) + b) % b; }
 
 // The kept weights of [rows][columns] as rows of (offset, value), by output channel and again by
 // `target` (class and input channel). Tables hold, by column, the offsets in both directions and
-// the target; `plane` is what an output channel adds to a backward offset. `flat` receives each
-// kept weight's place. All lists have room for every weight. Returns how many are kept.
+// the target; `plane` is what an output channel adds to a backward offset. Rows are of units, of
+// `unit` columns and, backward, of `unit_back` output channels. `flat` receives each kept weight's
+// place. All lists have room for every weight. Returns how many are kept.
 RETURNS(long, pattern)(
     const float *w, float threshold, long rows, long columns, const int32_t *forward,
-    const int32_t *backward, const int32_t *target, long plane, long targets, int32_t *begin,
-    int32_t *offset, float *value, int32_t *flat, int32_t *begin_back, int32_t *offset_back,
-    float *value_back) {
+    const int32_t *backward, const int32_t *target, long plane, long targets, long unit,
+    long unit_back, int32_t *begin, int32_t *offset, float *value, int32_t *flat,
+    int32_t *begin_back, int32_t *offset_back, float *value_back) {
+    const long units = (columns + unit - 1) / unit;
     long n = 0;
     for (long o = 0; o < rows; o++) {
-        begin[o] = static_cast<int32_t>(n);
         const float *row = w + o * columns;
-        long j = 0;
+        for (long u = 0; u < units; u++) {
+            begin[o * units + u] = static_cast<int32_t>(n);
+            const long end = std::min(columns, (u + 1) * unit);
+            long j = u * unit;
 #if defined(__AVX512F__)
-        const __m512i lanes =
-            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (; j + 16 <= columns; j += 16) {
-            const __m512 v = _mm512_loadu_ps(row + j);
-            __mmask16 keep =
-                _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(threshold), _CMP_GE_OQ);
-            keep = _mm512_mask_cmp_ps_mask(keep, v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
-            if (!keep) continue;
-            _mm512_mask_compressstoreu_ps(value + n, keep, v);
-            _mm512_mask_compressstoreu_epi32(offset + n, keep, _mm512_loadu_si512(forward + j));
-            _mm512_mask_compressstoreu_epi32(
-                flat + n, keep,
-                _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(o * columns + j))));
-            n += __builtin_popcount(keep);
-        }
-#endif
-        for (; j < columns; j++)
-            if (kept(row[j], threshold)) {
-                value[n] = row[j];
-                offset[n] = forward[j];
-                flat[n++] = static_cast<int32_t>(o * columns + j);
+            const __m512i lanes =
+                _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            for (; j < end; j += 16) {
+                const __mmask16 there =
+                    end - j >= 16 ? 0xffff : static_cast<__mmask16>((1u << (end - j)) - 1);
+                const __m512 v = _mm512_maskz_loadu_ps(there, row + j);
+                __mmask16 keep = _mm512_mask_cmp_ps_mask(there, _mm512_abs_ps(v),
+                                                         _mm512_set1_ps(threshold), _CMP_GE_OQ);
+                keep = _mm512_mask_cmp_ps_mask(keep, v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+                if (!keep) continue;
+                const __m512i at = _mm512_add_epi32(
+                    lanes, _mm512_set1_epi32(static_cast<int32_t>(o * columns + j)));
+                _mm512_mask_compressstoreu_ps(value + n, keep, v);
+                _mm512_mask_compressstoreu_epi32(
+                    offset + n, keep, _mm512_maskz_loadu_epi32(there, forward + j));
+                _mm512_mask_compressstoreu_epi32(flat + n, keep, at);
+                n += __builtin_popcount(keep);
             }
-    }
-    begin[rows] = static_cast<int32_t>(n);
-    std::vector<int32_t> next(targets + 1, 0);
-    for (long o = 0; o < rows; o++)
-        for (long k = begin[o]; k < begin[o + 1]; k++) next[target[flat[k] - o * columns] + 1]++;
-    for (long t = 0; t < targets; t++) next[t + 1] += next[t];
-    std::copy(next.begin(), next.end(), begin_back);
-    for (long o = 0; o < rows; o++)
-        for (long k = begin[o]; k < begin[o + 1]; k++) {
-            const long column = flat[k] - o * columns, at = next[target[column]]++;
-            offset_back[at] = static_cast<int32_t>(backward[column] + o * plane);
-            value_back[at] = value[k];
+#else
+            for (; j < end; j++)
+                if (kept(row[j], threshold)) {
+                    value[n] = row[j];
+                    offset[n] = forward[j];
+                    flat[n++] = static_cast<int32_t>(o * columns + j);
+                }
+#endif
         }
+    }
+    begin[rows * units] = static_cast<int32_t>(n);
+    const long units_back = (rows + unit_back - 1) / unit_back;
+    std::vector<int32_t> next(targets * units_back + 1, 0);
+    // Calls f(kept weight, its output channel and column, the list it goes to).
+    const auto each_kept = [&](auto &&f) {
+        for (long o = 0; o < rows; o++)
+            for (long k = begin[o * units]; k < begin[(o + 1) * units]; k++) {
+                const long column = flat[k] - o * columns;
+                f(k, o, column, target[column] * units_back + o / unit_back);
+            }
+    };
+    each_kept([&](long, long, long, long list) { next[list + 1]++; });
+    for (long t = 0; t < targets * units_back; t++) next[t + 1] += next[t];
+    std::copy(next.begin(), next.end(), begin_back);
+    each_kept([&](long k, long o, long column, long list) {
+        const long at = next[list]++;
+        offset_back[at] = static_cast<int32_t>(backward[column] + o * plane);
+        value_back[at] = value[k];
+    });
     return n;
 }
 
@@ -613,16 +640,18 @@ EXPORT(convolve)(const float *in, long C, long H, long W, long batch, long sh, l
                  long left, long samples, long rows, long columns, long slab_rows,
                  long slab_columns,
                  const int32_t *begin, const int32_t *offset, const float *value, long OC,
-                 const float *bias, float *out, long OH, long OW, long threads) {
+                 long units, long step, const float *bias, float *out, long OH, long OW,
+                 long threads) {
     const Source source{in, C, H, W, batch, sh, sw, top, left, slab_rows, slab_columns};
-    const Pattern w{begin, offset, value};
+    const Pattern w{begin, offset, value, units};
     const Blocks blocks(batch, samples, rows, columns, OH, OW);
     const long parts = blocks.count >= 2 * threads ? 1 : std::min<long>(OC, 2 * threads);
     const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && batch % 16 == 0;
     const bool stream = aligned && OC * OH * OW * batch * 4 > (4 << 20);
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
-        float *const slab = scratch.of(source.size(blocks.pixel));
+        float *const slab = scratch.of(source.size(blocks.pixel) + OC * TILE * V);
+        float *const sums = slab + source.size(blocks.pixel);
         std::vector<Tile> tiles;
 #pragma omp for schedule(static)
         for (long task = 0; task < blocks.count * parts; task++) {
@@ -636,7 +665,7 @@ EXPORT(convolve)(const float *in, long C, long H, long W, long batch, long sh, l
                     for (long y = 0; y < b.rows; y++)
                         for (long x = 0; x < length; x++) {
                             float total = bias ? bias[o] : 0;
-                            for (long j = begin[o]; j < begin[o + 1]; j++)
+                            for (long j = w.start(o); j < w.start(o + 1); j++)
                                 total += value[j] * slab[offset[j] + y * in_row + x];
                             to[(o * OH + y) * OW * batch + x] = total;
                         }
@@ -644,10 +673,14 @@ EXPORT(convolve)(const float *in, long C, long H, long W, long batch, long sh, l
             }
             cover(b.rows, length, tiles);
             for (const Tile &tile : tiles) {
-                const Run run{slab + tile.y * in_row + tile.x,
-                              to + tile.y * OW * batch + tile.x / V * blocks.vector + tile.x % V,
-                              in_row, OW * batch, OH * OW * batch, blocks.vector, bias, stream};
-                dispatch<1, 1>(tile, Sweep{w, run, first, last});
+                Run run{slab + tile.y * in_row + tile.x,
+                        to + tile.y * OW * batch + tile.x / V * blocks.vector + tile.x % V,
+                        in_row, OW * batch, OH * OW * batch, blocks.vector, bias, stream,
+                        0, 0, sums};
+                for (long unit = 0; unit < units; unit += step) {
+                    run.from = unit, run.to = std::min(units, unit + step);
+                    dispatch<1, 1>(tile, Sweep{w, run, first, last});
+                }
             }
         }
     }
@@ -658,12 +691,12 @@ EXPORT(convolve)(const float *in, long C, long H, long W, long batch, long sh, l
 EXPORT(sample)(const float *in, long C, long H, long W, long batch, long sh, long sw, long top,
                long left, long samples, long rows, long columns, long slab_rows,
                long slab_columns,
-               const int32_t *begin, const int32_t *offset, long OC, const float *d, long OH,
-               long OW, float *gradient, long threads) {
+               const int32_t *begin, const int32_t *offset, long OC, long units, const float *d,
+               long OH, long OW, float *gradient, long threads) {
     const Source source{in, C, H, W, batch, sh, sw, top, left, slab_rows, slab_columns};
-    const Pattern w{begin, offset, nullptr};
+    const Pattern w{begin, offset, nullptr, units};
     const Blocks blocks(batch, samples, rows, columns, OH, OW);
-    std::vector<float> sums(static_cast<size_t>(begin[OC]) * V, 0.0f);
+    std::vector<float> sums(static_cast<size_t>(w.start(OC)) * V, 0.0f);
     const long parts = std::min<long>(OC, threads);
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
     for (long part = 0; part < parts; part++) {
@@ -677,7 +710,7 @@ EXPORT(sample)(const float *in, long C, long H, long W, long batch, long sh, lon
             const long in_row = slab_columns * blocks.pixel, length = b.columns * blocks.pixel;
             if (length < V) {
                 for (long o = first; o < last; o++)
-                    for (long j = begin[o]; j < begin[o + 1]; j++)
+                    for (long j = w.start(o); j < w.start(o + 1); j++)
                         for (long y = 0; y < b.rows; y++)
                             for (long x = 0; x < length; x++)
                                 sums[j * V] += from[(o * OH + y) * OW * batch + x] *
@@ -689,12 +722,13 @@ EXPORT(sample)(const float *in, long C, long H, long W, long batch, long sh, lon
                 const Run run{slab + tile.y * in_row + tile.x,
                               const_cast<float *>(from) + tile.y * OW * batch +
                                   tile.x / V * blocks.vector + tile.x % V,
-                              in_row, OW * batch, OH * OW * batch, blocks.vector, nullptr, false};
+                              in_row, OW * batch, OH * OW * batch, blocks.vector, nullptr, false,
+                              0, units, nullptr};
                 const int overlap = std::max(tile.overlap, b.overlap);
                 dispatch<1, 1>(tile, Sample{w, run, first, last, overlap, sums.data()});
             }
         }
-        for (long j = begin[first]; j < begin[last]; j++) gradient[j] = sum(load(&sums[j * V]));
+        for (long j = w.start(first); j < w.start(last); j++) gradient[j] = sum(load(&sums[j * V]));
     }
 }
 
@@ -740,15 +774,15 @@ RETURNS(long, gradient)(const float *a, float threshold, const float *d, float *
                         for (long k = 0; k < classes; k++) {
                             starts[(c - c0) * classes + k] = n;
                             const long y = y0 + floor_mod(k / sw - pad_top - y0, sh);
-                            for (long i = y; i < y1; i += sh)
-                                for (long x = floor_mod(k % sw - pad_left, sw); x < W; x += sw) {
-                                    const long q = (i + pad_top) / sh - q0 + top;
-                                    const long p = (x + pad_left) / sw + left;
-                                    n += compress(a + ((c * H + i) * W + x) * batch + n0, here,
-                                                  threshold,
-                                                  static_cast<int32_t>((q * width + p) * pixel),
-                                                  &index[n], &value[n]);
-                                }
+                            const long x = floor_mod(k % sw - pad_left, sw);
+                            long line = ((y + pad_top) / sh - q0 + top) * width + left;
+                            for (long i = y; i < y1; i += sh, line += width) {
+                                const float *from = a + (c * H + i) * W * batch + n0;
+                                long to = (line + (x + pad_left) / sw) * pixel;
+                                for (long j = x; j < W; j += sw, to += pixel)
+                                    n += compress(from + j * batch, here, threshold,
+                                                  static_cast<int32_t>(to), &index[n], &value[n]);
+                            }
                         }
                     starts[(c1 - c0) * classes] = n;
                     total += n;

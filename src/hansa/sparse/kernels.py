@@ -58,24 +58,32 @@ class Kernels:
             function.restype = _RESULTS.get(name)
             function.argtypes = [_type(value) for value in arguments]
             self._functions[name] = function
-        result: float = function(*map(_c, arguments))
+        try:
+            result: float = function(*arguments)
+        except ctypes.ArgumentError as error:
+            raise ValueError(str(error)) from error
         return result
+
+
+class _Pointer:
+    """What ctypes asks of an argument that is a tensor or None: numbers need no such question."""
+
+    @staticmethod
+    def from_param(value: torch.Tensor | None) -> ctypes.c_void_p | None:
+        """Return where a tensor lies."""
+        if value is None:
+            return None
+        if not (value.is_contiguous() and value.is_cpu and value.dtype in _DTYPES):
+            about = f"{value.dtype} on {value.device}, strides {value.stride()}"
+            raise ValueError(f"a kernel takes contiguous float32 tensors on the CPU, not {about}")
+        return ctypes.c_void_p(value.data_ptr())
 
 
 def _type(value: Argument) -> type:
     """Return the C type of an argument, which is of one kind in all calls."""
     if value is None or isinstance(value, torch.Tensor):
-        return ctypes.c_void_p
+        return _Pointer
     return ctypes.c_long if isinstance(value, int) else ctypes.c_float
-
-
-def _c(value: Argument) -> int | float | None:
-    if not isinstance(value, torch.Tensor):
-        return value
-    if not (value.is_contiguous() and value.is_cpu and value.dtype in _DTYPES):
-        about = f"{value.dtype} on {value.device}, strides {value.stride()}"
-        raise ValueError(f"a kernel takes contiguous float32 tensors on the CPU, not {about}")
-    return value.data_ptr()
 
 
 @cache
