@@ -61,9 +61,9 @@ constexpr int TILE = 8;
 constexpr int TAPS_HIGH = 1;
 constexpr int TAPS_WIDE = 1;
 #endif
-constexpr int LANES = 32;      // output channels side by side in the weight gradient
-constexpr int NV = LANES / V;
+constexpr int WIDE = 32 / V;     // vectors of output channels side by side in the weight gradient
 constexpr long NEAR = 640 << 10; // bytes of a working set that stays near the core
+constexpr long PART = 128 << 10; // bytes of it that all channels go over before the next
 
 typedef float vec __attribute__((vector_size(V * 4)));
 typedef float loose __attribute__((vector_size(V * 4), aligned(4), may_alias));
@@ -427,15 +427,16 @@ void transpose(const float *in, long rows, long columns, long in_row, float *out
 
 // ---- weight gradient from a list of kept activations ------------------------------------------
 
-// Taps (i, k) of a grid A high and B wide: gradient[i][k][0..32) += value * d[index - i * row - k * column].
-template <int A, int B>
+// Taps (i, k) of a grid A high and B wide, N vectors of output channels:
+// gradient[i][k][0..N * V) += value * d[index - i * row - k * column].
+template <int A, int B, int N>
 OWN void accumulate(const int32_t *index, const float *value, long count, const float *d, long row,
                 long column, float *gradient, long high, long wide) {
-    constexpr int U = A * B * NV >= 8 ? 1 : 8 / (A * B * NV);
-    vec a[U][A][B][NV];
+    constexpr int U = A * B * N >= 8 ? 1 : 8 / (A * B * N);
+    vec a[U][A][B][N];
     UNROLL for (int i = 0; i < A; i++)
         UNROLL for (int k = 0; k < B; k++)
-            UNROLL for (int h = 0; h < NV; h++) {
+            UNROLL for (int h = 0; h < N; h++) {
                 a[0][i][k][h] = load(gradient + i * high + k * wide + h * V);
                 UNROLL for (int u = 1; u < U; u++) a[u][i][k][h] = vec{};
             }
@@ -446,7 +447,7 @@ OWN void accumulate(const int32_t *index, const float *value, long count, const 
             const vec x = all(value[j + u]);
             UNROLL for (int i = 0; i < A; i++)
                 UNROLL for (int k = 0; k < B; k++)
-                    UNROLL for (int h = 0; h < NV; h++)
+                    UNROLL for (int h = 0; h < N; h++)
                         a[u][i][k][h] += x * load(p - i * row - k * column + h * V);
         }
     for (; j < count; j++) {
@@ -454,12 +455,12 @@ OWN void accumulate(const int32_t *index, const float *value, long count, const 
         const vec x = all(value[j]);
         UNROLL for (int i = 0; i < A; i++)
             UNROLL for (int k = 0; k < B; k++)
-                UNROLL for (int h = 0; h < NV; h++)
+                UNROLL for (int h = 0; h < N; h++)
                     a[0][i][k][h] += x * load(p - i * row - k * column + h * V);
     }
     UNROLL for (int i = 0; i < A; i++)
         UNROLL for (int k = 0; k < B; k++)
-            UNROLL for (int h = 0; h < NV; h++) {
+            UNROLL for (int h = 0; h < N; h++) {
                 vec total = a[0][i][k][h];
                 UNROLL for (int u = 1; u < U; u++) total += a[u][i][k][h];
                 store(gradient + i * high + k * wide + h * V, total);
@@ -477,16 +478,16 @@ struct Steps {  // floats between neighbouring taps: in the output's gradient, i
 };
 
 // The same for any grid that fits the registers.
-template <int A, int B>
+template <int A, int B, int N>
 void grid(int rows, int columns, const List &list, const float *d, float *gradient,
           const Steps &steps) {
     if (rows == A && columns == B)
-        return accumulate<A, B>(list.index, list.value, list.count, d, steps.row, steps.column,
+        return accumulate<A, B, N>(list.index, list.value, list.count, d, steps.row, steps.column,
                                 gradient, steps.high, steps.wide);
     if constexpr (A == 1 && B < TAPS_WIDE) {
-        if (columns > B) return grid<A, B + 1>(rows, columns, list, d, gradient, steps);
+        if (columns > B) return grid<A, B + 1, N>(rows, columns, list, d, gradient, steps);
     }
-    if constexpr (A < TAPS_HIGH) return grid<A + 1, B>(rows, columns, list, d, gradient, steps);
+    if constexpr (A < TAPS_HIGH) return grid<A + 1, B, N>(rows, columns, list, d, gradient, steps);
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -517,14 +518,15 @@ struct Kept {  // of eight floats
 };
 #endif
 
-// Append the kept of n floats: their values, and base + 32 * position. Whole vectors have no branch,
+// Append the kept of n floats: their values, and base + step * position. Whole vectors have no branch,
 // which would be guessed wrong where few are kept.
-INLINE long compress(const float *x, long n, float threshold, int32_t base, int32_t *index,
-                     float *value) {
+INLINE long compress(const float *x, long n, float threshold, int32_t base, int32_t step,
+                     int32_t *index, float *value) {
     long count = 0, i = 0;
 #if defined(__AVX512F__)
-    const __m512i lanes = _mm512_slli_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 5);
+    const __m512i lanes = _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+        _mm512_set1_epi32(step));
     for (; i < n; i += 16) {
         const __mmask16 there = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
         const __m512 v = _mm512_maskz_loadu_ps(there, x + i);
@@ -532,20 +534,21 @@ INLINE long compress(const float *x, long n, float threshold, int32_t base, int3
                                                  _mm512_set1_ps(threshold), _CMP_GE_OQ);
         keep = _mm512_mask_cmp_ps_mask(keep, v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
         const __m512i at = _mm512_add_epi32(
-            lanes, _mm512_set1_epi32(base + static_cast<int32_t>(i) * LANES));
+            lanes, _mm512_set1_epi32(base + static_cast<int32_t>(i) * step));
         // A compressing store is slow on some processors; the buffers leave room for whole ones.
         _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(keep, v));
         _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(keep, at));
         count += __builtin_popcount(keep);
     }
 #elif defined(__AVX2__)
-    const __m256i lanes = _mm256_slli_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), 5);
+    const __m256i lanes = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                                             _mm256_set1_epi32(step));
     for (; i + 8 <= n; i += 8) {
         const __m256 v = _mm256_loadu_ps(x + i);
         const Kept keep(v, threshold);
         const __m256i from = keep.from();
         const __m256i at = _mm256_add_epi32(
-            lanes, _mm256_set1_epi32(base + static_cast<int32_t>(i) * LANES));
+            lanes, _mm256_set1_epi32(base + static_cast<int32_t>(i) * step));
         _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps(v, from));
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(index + count),
                             _mm256_permutevar8x32_epi32(at, from));
@@ -554,7 +557,7 @@ INLINE long compress(const float *x, long n, float threshold, int32_t base, int3
 #endif
     for (; i < n; i++) {
         value[count] = x[i];
-        index[count] = base + static_cast<int32_t>(i) * LANES;
+        index[count] = base + static_cast<int32_t>(i) * step;
         count += kept(x[i], threshold);
     }
     return count;
@@ -732,23 +735,41 @@ EXPORT(sample)(const float *in, long C, long H, long W, long batch, long sh, lon
     }
 }
 
-// Dense weight gradient [OC][C][KH][KW] of activations a [C][H][W][N] of which only those of a
-// magnitude of at least `threshold` count; d [OC][OH][OW][N] is the output's gradient. Returns how
-// many activations count.
-RETURNS(long, gradient)(const float *a, float threshold, const float *d, float *gradient, long C,
-                        long H, long W, long batch, long OC, long KH, long KW, long sh, long sw,
-                        long pad_top, long pad_left, long OH, long OW, long threads) {
-    const long groups = (OC + LANES - 1) / LANES, K = KH * KW, classes = sh * sw;
+namespace {
+
+struct Gradient {  // the weight gradient's sizes, in the order of `hansa_gradient`'s arguments
+    const float *a;
+    float threshold;
+    const float *d;
+    float *gradient;
+    long C, H, W, batch, OC, KH, KW, sh, sw, pad_top, pad_left, OH, OW, threads;
+
+    template <int N> long add() const;
+};
+
+// Channels go by so many at a time as fill N vectors.
+template <int N> long Gradient::add() const {
+    constexpr long lanes = N * V;
+    const long groups = (OC + lanes - 1) / lanes, K = KH * KW, classes = sh * sw;
     const long top = (KH - 1) / sh, left = (KW - 1) / sw;  // rows and columns that taps reach back
     const long width = std::max((W - 1 + pad_left) / sw, OW - 1) + 1 + left;
-    std::vector<float> sums(static_cast<size_t>(groups) * C * K * LANES, 0.0f);
+    std::vector<float> sums(static_cast<size_t>(groups) * C * K * lanes, 0.0f);
     // A band is as many rows as keep its part of the output's gradient near, for some samples.
     // A pixel takes a little more than its samples, or all taps would meet in one set of the cache.
-    const long some = std::min(batch, width * 32 * LANES * 32 < NEAR ? 32L : 16L);
-    const long pixel = (some + 2) * LANES, row = width * pixel;
+    const long some = std::min(batch, width * 32 * lanes * 32 < NEAR ? 32L : 16L);
+    const long pixel = (some + 2) * lanes, row = width * pixel;
     const long bytes = row * static_cast<long>(sizeof(float));
     const long fit = std::max(1L, NEAR / bytes - top), band = std::min(fit * sh, H);
     const long reach = (band - 1) / sh + 2 + top;  // rows of the output that a band meets
+    // Where taps are many, all channels go over one part of a band before the next: V samples of a
+    // few pixels, which are then read again from nearby. Of few taps the lists would be too short.
+    constexpr bool cut = N < WIDE;
+    const long pixels = PART / (V * lanes * static_cast<long>(sizeof(float)));
+    const long high = cut ? std::min(band, 4 * sh) : band;
+    const long most = std::max(1L, pixels / ((high - 1) / sh + 1 + top) - left) * sw;
+    const long along = cut ? (W + most - 1) / most : 1, wide = (W + along - 1) / along;
+    const long down = (band + high - 1) / high, depth = cut ? V : some;
+    const long deep = (some + depth - 1) / depth, tiles = down * along * deep;
     // Channels in one list: all, unless a list that kept everything would be very long.
     const long block = std::max(1L, (1L << 24) / (band * W * some));
     const long parts = std::min<long>(C, threads);
@@ -761,69 +782,76 @@ RETURNS(long, gradient)(const float *a, float threshold, const float *d, float *
         const size_t room = static_cast<size_t>(held) * band * W * some + 16;
         const std::unique_ptr<int32_t[]> index(new int32_t[room]);
         const std::unique_ptr<float[]> value(new float[room]);
-        float *const lanes = scratch.of(static_cast<size_t>(reach) * row);
-        std::vector<long> starts(held * classes + 1);
+        float *const near = scratch.of(static_cast<size_t>(reach) * row);
+        std::vector<long> starts(held * classes * tiles + 1);
         for (long y0 = 0; y0 < H; y0 += band) {
             const long y1 = std::min(H, y0 + band), q0 = (y0 + pad_top) / sh;
             for (long n0 = 0; n0 < batch; n0 += some) {
                 const long here = std::min(some, batch - n0);
                 for (long c0 = first; c0 < last; c0 += block) {
                     const long c1 = std::min(last, c0 + block);
-                    long n = 0;
-                    for (long c = c0; c < c1; c++)
-                        for (long k = 0; k < classes; k++) {
-                            starts[(c - c0) * classes + k] = n;
-                            const long y = y0 + floor_mod(k / sw - pad_top - y0, sh);
-                            const long x = floor_mod(k % sw - pad_left, sw);
-                            long line = ((y + pad_top) / sh - q0 + top) * width + left;
-                            for (long i = y; i < y1; i += sh, line += width) {
-                                const float *from = a + (c * H + i) * W * batch + n0;
-                                long to = (line + (x + pad_left) / sw) * pixel;
-                                for (long j = x; j < W; j += sw, to += pixel)
-                                    n += compress(from + j * batch, here, threshold,
-                                                  static_cast<int32_t>(to), &index[n], &value[n]);
-                            }
+                    long n = 0, *start = starts.data();
+                    const auto list = [&](long c, long k, long tile) {
+                        *start++ = n;
+                        const long z = tile % deep * depth, count = std::min(depth, here - z);
+                        const long top_row = y0 + tile / deep / along * high;
+                        const long left_column = tile / deep % along * wide;
+                        const long y = top_row + floor_mod(k / sw - pad_top - top_row, sh);
+                        const long x = left_column + floor_mod(k % sw - pad_left - left_column, sw);
+                        const long bottom = std::min(y1, top_row + high);
+                        const long right = std::min(W, left_column + wide);
+                        long line = ((y + pad_top) / sh - q0 + top) * width + left;
+                        for (long i = y; i < bottom; i += sh, line += width) {
+                            const float *from = a + (c * H + i) * W * batch + n0 + z;
+                            long to = (line + (x + pad_left) / sw) * pixel + z * lanes;
+                            for (long j = x; j < right; j += sw, to += pixel)
+                                n += compress(from + j * batch, count, threshold,
+                                              static_cast<int32_t>(to), lanes, &index[n], &value[n]);
                         }
-                    starts[(c1 - c0) * classes] = n;
+                    };
+                    for (long c = c0; c < c1; c++)
+                        for (long k = 0; k < classes; k++)
+                            for (long tile = 0; tile < tiles; tile++) list(c, k, tile);
+                    *start = n;
                     total += n;
                     if (!n) continue;
                     for (long g = 0; g < groups; g++) {
-                        const long there = std::min<long>(LANES, OC - g * LANES);
+                        const long there = std::min<long>(lanes, OC - g * lanes);
                         const long met = (y1 - 1 + pad_top) / sh - q0 + 1 + top;
                         for (long r = 0; r < met; r++) {
                             const long y = q0 - top + r;
-                            float *to = lanes + r * row;
-                            if (y < 0 || y >= OH || there < LANES)
+                            float *to = near + r * row;
+                            if (y < 0 || y >= OH || there < lanes)
                                 std::memset(to, 0, row * sizeof(float));
                             if (y < 0 || y >= OH) continue;
                             std::memset(to, 0, left * pixel * sizeof(float));
                             std::memset(to + (left + OW) * pixel, 0,
                                         (width - left - OW) * pixel * sizeof(float));
-                            const float *from = d + (g * LANES * OH + y) * OW * batch + n0;
+                            const float *from = d + (g * lanes * OH + y) * OW * batch + n0;
                             for (long x = 0; x < OW; x++)
                                 transpose(from + x * batch, there, here, OH * OW * batch,
-                                          to + (left + x) * pixel, LANES);
+                                          to + (left + x) * pixel, lanes);
                         }
-                        for (long c = c0; c < c1; c++)
-                            for (long k = 0; k < classes; k++) {
-                                const long *start = &starts[(c - c0) * classes + k];
-                                const List list{&index[start[0]], &value[start[0]],
-                                                start[1] - start[0]};
-                                if (!list.count) continue;
-                                const long a0 = k / sw, b0 = k % sw;
-                                float *to = &sums[((g * C + c) * K + a0 * KW + b0) * LANES];
-                                const Steps steps{row, pixel, sh * KW * LANES, sw * LANES};
-                                const long rows = (KH - a0 + sh - 1) / sh;
-                                const long columns = (KW - b0 + sw - 1) / sw;
-                                for (long i = 0; i < rows; i += TAPS_HIGH)
-                                    for (long j = 0; j < columns; j += TAPS_WIDE)
-                                        grid<1, 1>(
-                                            static_cast<int>(std::min<long>(TAPS_HIGH, rows - i)),
-                                            static_cast<int>(
-                                                std::min<long>(TAPS_WIDE, columns - j)),
-                                            list, lanes - i * row - j * pixel,
-                                            to + i * steps.high + j * steps.wide, steps);
-                            }
+                        for (long tile = 0; tile < tiles; tile++)
+                            for (long c = c0; c < c1; c++)
+                                for (long k = 0; k < classes; k++) {
+                                    const long *at = &starts[((c - c0) * classes + k) * tiles + tile];
+                                    const List list{&index[at[0]], &value[at[0]], at[1] - at[0]};
+                                    if (!list.count) continue;
+                                    const long a0 = k / sw, b0 = k % sw;
+                                    float *to = &sums[((g * C + c) * K + a0 * KW + b0) * lanes];
+                                    const Steps steps{row, pixel, sh * KW * lanes, sw * lanes};
+                                    const long rows = (KH - a0 + sh - 1) / sh;
+                                    const long columns = (KW - b0 + sw - 1) / sw;
+                                    for (long i = 0; i < rows; i += TAPS_HIGH)
+                                        for (long j = 0; j < columns; j += TAPS_WIDE)
+                                            grid<1, 1, N>(
+                                                static_cast<int>(std::min<long>(TAPS_HIGH, rows - i)),
+                                                static_cast<int>(
+                                                    std::min<long>(TAPS_WIDE, columns - j)),
+                                                list, near - i * row - j * pixel,
+                                                to + i * steps.high + j * steps.wide, steps);
+                                }
                     }
                 }
             }
@@ -831,9 +859,26 @@ RETURNS(long, gradient)(const float *a, float threshold, const float *d, float *
     }
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
     for (long g = 0; g < groups; g++)
-        transpose(&sums[g * C * K * LANES], C * K, std::min<long>(LANES, OC - g * LANES), LANES,
-                  gradient + g * LANES * C * K, C * K);
+        transpose(&sums[g * C * K * lanes], C * K, std::min<long>(lanes, OC - g * lanes), lanes,
+                  gradient + g * lanes * C * K, C * K);
     return total;
+}
+
+}  // namespace
+
+// Dense weight gradient [OC][C][KH][KW] of activations a [C][H][W][N] of which only those of a
+// magnitude of at least `threshold` count; d [OC][OH][OW][N] is the output's gradient. Returns how
+// many activations count.
+RETURNS(long, gradient)(const float *a, float threshold, const float *d, float *gradient, long C,
+                        long H, long W, long batch, long OC, long KH, long KW, long sh, long sw,
+                        long pad_top, long pad_left, long OH, long OW, long threads) {
+    const Gradient g{a, threshold, d, gradient, C, H, W, batch, OC, KH, KW, sh, sw, pad_top, pad_left,
+                     OH, OW, threads};
+#if defined(__AVX512F__)
+    // Many taps fill the registers by themselves; of few, more channels spare reading the list.
+    if (std::min(KH, TAPS_HIGH * sh) / sh * (std::min(KW, TAPS_WIDE * sw) / sw) >= 6) return g.add<1>();
+#endif
+    return g.add<WIDE>();
 }
 
 // Put the phases of [C][phases][height][width][N] back into out [C][H][W][N], one at a time.
