@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import cases, check
+from shapes import Case, cases, check
 
 from hansa.sparse import build, kernels
 from hansa.sparse.convolution import Convolution, Geometry
@@ -40,6 +40,17 @@ def test_products_agree_with_pytorch(found) -> None:
         check(case, found)
 
     run()
+
+
+@needs_kernels
+@pytest.mark.parametrize("sparsity", [0.3, 0.9])
+@pytest.mark.parametrize("found", SETS, indirect=True)
+def test_channels_and_pixels_in_several_parts_add_up(found, sparsity, monkeypatch) -> None:
+    monkeypatch.setattr("hansa.sparse.convolution.CORE", 4 << 10)
+    geometry = Geometry(60, 6, 45, 70, (3, 3), (1, 1), (1, 1))
+    lists = Convolution(geometry, 33, found)
+    assert min(lists._units, lists._units_back) > 2
+    check(Case(geometry, 33, sparsity, 0, True), found)
 
 
 @needs_kernels
