@@ -1,9 +1,11 @@
 """How much faster sparse training is than the best dense training in PyTorch, and what it costs.
 
-Layers: convolutions and a linear layer, forward and backward, at several sparsities, against
-PyTorch's best dense form (contiguous or channels-last) in float32, and in bfloat16 where the
-processor has units for it (elsewhere it takes some twenty times as long); PyTorch's own sparse
-formats beside them, with the rearranging that a convolution needs (im2col) given for free.
+Layers: convolutions and a linear layer, forward and backward through autograd, at several
+sparsities, against PyTorch's best dense form (contiguous or channels-last) in float32, and in
+bfloat16 where the processor has units for it (elsewhere it takes some twenty times as long);
+PyTorch's own sparse formats beside them, with the rearranging that a convolution needs (im2col)
+given for free. ``products``: the three products called by themselves, without autograd and with
+lists given, the best dense form of each against ours.
 Step: one whole training step of ResNet-18 (BatchNorm, 32 pixels, batch 32: forward, loss, backward,
 SGD), with all layers on the kernels, and with the automatic choice. Half (only where it is asked
 for): the same at 50 % alone, where all ways are nearly alike, in more turns. Run: one federated run
@@ -112,8 +114,49 @@ def layers(turns: int, sparsities: tuple[float, ...], formats: bool) -> dict[str
             dense = min(took["dense"], took["dense, channels last"])
             ratios = {key: dense / value for key, value in took.items() if key != "dense"}
             ratios.pop("dense, channels last")
+            if not linear:
+                ratios["products"] = _products(g, x, weight, d, sparsity, turns)
             result[name][f"{sparsity:g}"] = {"dense_ms": dense, **ratios}
     return result
+
+
+def _products(
+    g: Geometry, x: torch.Tensor, weight: torch.Tensor, d: torch.Tensor, sparsity: float, turns: int
+) -> float:
+    """Return how many times as fast output and both gradients are by the kernels alone."""
+    backward = torch.ops.aten.convolution_backward.default
+
+    def dense(
+        x: torch.Tensor, weight: torch.Tensor, d: torch.Tensor
+    ) -> tuple[Callable[[], object], ...]:
+        numbers = (g.stride, g.padding, (1, 1), False, (0, 0), 1)
+        return (
+            lambda: F.conv2d(x, weight, None, g.stride, g.padding),
+            lambda: backward(d, x, weight, None, *numbers, (True, False, False)),
+            lambda: backward(d, x, weight, None, *numbers, (False, True, False)),
+        )
+
+    lists, least_input = Convolution(g, len(x)), _least(x, sparsity)
+    lists.take(weight, _least(weight, sparsity))
+    inner, inner_d = (t.movedim(0, -1).contiguous() for t in (x, d))
+    ways = {
+        "contiguous": dense(x, weight, d),
+        "last": dense(_last(x), _last(weight), _last(d)),
+        "sparse": (
+            lambda: lists.forward(inner),
+            lambda: lists.input_gradient(inner_d),
+            lambda: lists.weight_gradient(inner, least_input, inner_d),
+        ),
+    }
+    calls = {f"{way} {i}": call for way, three in ways.items() for i, call in enumerate(three)}
+    took = medians(calls, turns)
+    best = sum(min(took[f"contiguous {i}"], took[f"last {i}"]) for i in range(3))
+    return best / sum(took[f"sparse {i}"] for i in range(3))
+
+
+def _least(x: torch.Tensor, sparsity: float) -> float:
+    """Return the magnitude from which on so many are kept."""
+    return float(x.abs().flatten().sort().values[int(x.numel() * sparsity)])
 
 
 def _dense(
@@ -151,8 +194,7 @@ def _sparse(
     sparsity: float,
     linear: bool,
 ) -> dict[str, Callable[[], object]]:
-    least_weight = float(weight.abs().flatten().kthvalue(int(weight.numel() * sparsity)).values)
-    least_input = float(x.flatten().sort().values[int(x.numel() * sparsity)])
+    least_weight, least_input = _least(weight, sparsity), _least(x, sparsity)
     lists = Convolution(g, len(x))
     inner, inner_d = (logical(t.movedim(0, -1).contiguous()) for t in (x, d))
     dense_weight = weight

@@ -467,27 +467,17 @@ OWN void accumulate(const int32_t *index, const float *value, long count, const 
             }
 }
 
-struct List {  // kept activations: where they meet the output's gradient, and their values
-    const int32_t *index;
-    const float *value;
-    long count;
-};
+using Accumulate = decltype(&accumulate<1, 1, 1>);
 
-struct Steps {  // floats between neighbouring taps: in the output's gradient, in the weight's
-    long row, column, high, wide;
-};
-
-// The same for any grid that fits the registers.
-template <int A, int B, int N>
-void grid(int rows, int columns, const List &list, const float *d, float *gradient,
-          const Steps &steps) {
-    if (rows == A && columns == B)
-        return accumulate<A, B, N>(list.index, list.value, list.count, d, steps.row, steps.column,
-                                gradient, steps.high, steps.wide);
-    if constexpr (A == 1 && B < TAPS_WIDE) {
-        if (columns > B) return grid<A, B + 1, N>(rows, columns, list, d, gradient, steps);
+// The function for a grid of so many rows and columns.
+template <int A, int B, int N> Accumulate accumulator(long rows, long columns) {
+    if constexpr (A < TAPS_HIGH) {
+        if (rows > A) return accumulator<A + 1, B, N>(rows, columns);
     }
-    if constexpr (A < TAPS_HIGH) return grid<A + 1, B, N>(rows, columns, list, d, gradient, steps);
+    if constexpr (B < TAPS_WIDE) {
+        if (columns > B) return accumulator<A, B + 1, N>(rows, columns);
+    }
+    return accumulate<A, B, N>;
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -749,6 +739,9 @@ struct Gradient {  // the weight gradient's sizes, in the order of `hansa_gradie
 
 // Channels go by so many at a time as fill N vectors.
 template <int N> long Gradient::add() const {
+    struct Class {  // of input pixels in a part: the first, and the output pixel that it points to
+        long y, x, to;
+    };
     constexpr long lanes = N * V;
     const long groups = (OC + lanes - 1) / lanes, K = KH * KW, classes = sh * sw;
     const long top = (KH - 1) / sh, left = (KW - 1) / sw;  // rows and columns that taps reach back
@@ -769,7 +762,18 @@ template <int N> long Gradient::add() const {
     const long most = std::max(1L, pixels / ((high - 1) / sh + 1 + top) - left) * sw;
     const long along = cut ? (W + most - 1) / most : 1, wide = (W + along - 1) / along;
     const long down = (band + high - 1) / high, depth = cut ? V : some;
-    const long deep = (some + depth - 1) / depth, tiles = down * along * deep;
+    const long deep = (some + depth - 1) / depth;
+    // The taps that a class of input pixels meets, as many at a time as the registers hold.
+    struct Taps {
+        Accumulate add;
+        long back, to;  // floats: before where an input pixel points, and in the weight's gradient
+    };
+    std::vector<std::vector<Taps>> taps(classes);
+    for (long k = 0; k < classes; k++)
+        for (long i = k / sw; i < KH; i += TAPS_HIGH * sh)
+            for (long j = k % sw; j < KW; j += TAPS_WIDE * sw)
+                taps[k].push_back({accumulator<1, 1, N>((KH - i + sh - 1) / sh, (KW - j + sw - 1) / sw),
+                                   i / sh * row + j / sw * pixel, (i * KW + j) * lanes});
     // Channels in one list: all, unless a list that kept everything would be very long.
     const long block = std::max(1L, (1L << 24) / (band * W * some));
     const long parts = std::min<long>(C, threads);
@@ -783,7 +787,8 @@ template <int N> long Gradient::add() const {
         const std::unique_ptr<int32_t[]> index(new int32_t[room]);
         const std::unique_ptr<float[]> value(new float[room]);
         float *const near = scratch.of(static_cast<size_t>(reach) * row);
-        std::vector<long> starts(held * classes * tiles + 1);
+        std::vector<long> starts(down * along * held * classes * deep + 1);
+        std::vector<Class> from(classes);
         for (long y0 = 0; y0 < H; y0 += band) {
             const long y1 = std::min(H, y0 + band), q0 = (y0 + pad_top) / sh;
             for (long n0 = 0; n0 < batch; n0 += some) {
@@ -791,27 +796,32 @@ template <int N> long Gradient::add() const {
                 for (long c0 = first; c0 < last; c0 += block) {
                     const long c1 = std::min(last, c0 + block);
                     long n = 0, *start = starts.data();
-                    const auto list = [&](long c, long k, long tile) {
-                        *start++ = n;
-                        const long z = tile % deep * depth, count = std::min(depth, here - z);
-                        const long top_row = y0 + tile / deep / along * high;
-                        const long left_column = tile / deep % along * wide;
-                        const long y = top_row + floor_mod(k / sw - pad_top - top_row, sh);
-                        const long x = left_column + floor_mod(k % sw - pad_left - left_column, sw);
-                        const long bottom = std::min(y1, top_row + high);
-                        const long right = std::min(W, left_column + wide);
-                        long line = ((y + pad_top) / sh - q0 + top) * width + left;
-                        for (long i = y; i < bottom; i += sh, line += width) {
-                            const float *from = a + (c * H + i) * W * batch + n0 + z;
-                            long to = (line + (x + pad_left) / sw) * pixel + z * lanes;
-                            for (long j = x; j < right; j += sw, to += pixel)
-                                n += compress(from + j * batch, count, threshold,
-                                              static_cast<int32_t>(to), lanes, &index[n], &value[n]);
+                    for (long p = 0; p < down * along; p++) {
+                        const long y_part = y0 + p / along * high, x_part = p % along * wide;
+                        const long bottom = std::min(y1, y_part + high);
+                        const long right = std::min(W, x_part + wide);
+                        for (long k = 0; k < classes; k++) {
+                            const long y = y_part + floor_mod(k / sw - pad_top - y_part, sh);
+                            const long x = x_part + floor_mod(k % sw - pad_left - x_part, sw);
+                            const long line = (y + pad_top) / sh - q0 + top;
+                            from[k] = {y, x, (line * width + (x + pad_left) / sw + left) * pixel};
                         }
-                    };
-                    for (long c = c0; c < c1; c++)
-                        for (long k = 0; k < classes; k++)
-                            for (long tile = 0; tile < tiles; tile++) list(c, k, tile);
+                        for (long c = c0; c < c1; c++)
+                            for (const Class &k : from)
+                                for (long z = 0; z < some; z += depth) {
+                                    *start++ = n;
+                                    const long count = std::min(depth, here - z);
+                                    long line = k.to + z * lanes;
+                                    for (long i = k.y; i < bottom; i += sh, line += row) {
+                                        const float *x = a + (c * H + i) * W * batch + n0 + z;
+                                        long to = line;
+                                        for (long j = k.x; j < right; j += sw, to += pixel)
+                                            n += compress(x + j * batch, count, threshold,
+                                                          static_cast<int32_t>(to), lanes,
+                                                          &index[n], &value[n]);
+                                    }
+                                }
+                    }
                     *start = n;
                     total += n;
                     if (!n) continue;
@@ -832,25 +842,17 @@ template <int N> long Gradient::add() const {
                                 transpose(from + x * batch, there, here, OH * OW * batch,
                                           to + (left + x) * pixel, lanes);
                         }
-                        for (long tile = 0; tile < tiles; tile++)
+                        for (long p = 0; p < down * along * deep; p++)
                             for (long c = c0; c < c1; c++)
                                 for (long k = 0; k < classes; k++) {
-                                    const long *at = &starts[((c - c0) * classes + k) * tiles + tile];
-                                    const List list{&index[at[0]], &value[at[0]], at[1] - at[0]};
-                                    if (!list.count) continue;
-                                    const long a0 = k / sw, b0 = k % sw;
-                                    float *to = &sums[((g * C + c) * K + a0 * KW + b0) * lanes];
-                                    const Steps steps{row, pixel, sh * KW * lanes, sw * lanes};
-                                    const long rows = (KH - a0 + sh - 1) / sh;
-                                    const long columns = (KW - b0 + sw - 1) / sw;
-                                    for (long i = 0; i < rows; i += TAPS_HIGH)
-                                        for (long j = 0; j < columns; j += TAPS_WIDE)
-                                            grid<1, 1, N>(
-                                                static_cast<int>(std::min<long>(TAPS_HIGH, rows - i)),
-                                                static_cast<int>(
-                                                    std::min<long>(TAPS_WIDE, columns - j)),
-                                                list, near - i * row - j * pixel,
-                                                to + i * steps.high + j * steps.wide, steps);
+                                    const long list = (p / deep * (c1 - c0) + c - c0) * classes + k;
+                                    const long *at = &starts[list * deep + p % deep];
+                                    if (at[0] == at[1]) continue;
+                                    float *const to = &sums[(g * C + c) * K * lanes];
+                                    for (const Taps &t : taps[k])
+                                        t.add(&index[at[0]], &value[at[0]], at[1] - at[0],
+                                              near - t.back, row, pixel, to + t.to,
+                                              sh * KW * lanes, sw * lanes);
                                 }
                     }
                 }
