@@ -4,8 +4,8 @@ Layers: convolutions and a linear layer, forward and backward through autograd, 
 sparsities, against PyTorch's best dense form (contiguous or channels-last) in float32, and in
 bfloat16 where the processor has units for it (elsewhere it takes some twenty times as long);
 PyTorch's own sparse formats beside them, with the rearranging that a convolution needs (im2col)
-given for free. ``products``: the three products called by themselves, without autograd and with
-lists given, the best dense form of each against ours.
+given for free. ``products``: the three products called by themselves, caches warm, without autograd
+and with lists given, the best dense form of each against ours.
 Step: one whole training step of ResNet-18 (BatchNorm, 32 pixels, batch 32: forward, loss, backward,
 SGD), with all layers on the kernels, and with the automatic choice. Half (only where it is asked
 for): the same at 50 % alone, where all ways are nearly alike, in more turns. Run: one federated run
@@ -71,11 +71,16 @@ PARTS = ("layers", "step", "half", "run", "accuracy")
 Calls = Mapping[str, Callable[[], object]]
 
 
-def medians(calls: Calls, turns: int) -> dict[str, float]:
-    """Return the median milliseconds of each call; they take turns, the first is not counted."""
+def medians(calls: Calls, turns: int, warm: bool = False) -> dict[str, float]:
+    """Return the median milliseconds of each call; they take turns, the first is not counted.
+
+    With ``warm`` each is called once more before, so that none finds what another left in caches.
+    """
     took: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 1):
         for name, call in calls.items():
+            if warm:
+                call()
             start = clock()
             call()
             if turn:
@@ -149,7 +154,7 @@ def _products(
         ),
     }
     calls = {f"{way} {i}": call for way, three in ways.items() for i, call in enumerate(three)}
-    took = medians(calls, turns)
+    took = medians(calls, 5 * turns, warm=True)
     best = sum(min(took[f"contiguous {i}"], took[f"last {i}"]) for i in range(3))
     return best / sum(took[f"sparse {i}"] for i in range(3))
 

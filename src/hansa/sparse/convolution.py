@@ -15,7 +15,7 @@ NEAR = 600 << 10
 """Bytes of a slab that stays near the core together with what its block writes."""
 CORE = 48 << 10
 """Bytes that stay in the core's first cache: what a tile of outputs reads of a unit's channels."""
-FEW = 8
+FEW = 16
 """Entries of a list for which a tile's sums are worth fetching and storing again."""
 MOST = 1 << 20
 """Bytes of the largest slab of all samples at once."""
