@@ -62,7 +62,7 @@ constexpr int TAPS_HIGH = 1;
 constexpr int TAPS_WIDE = 1;
 #endif
 constexpr int WIDE = 32 / V;     // vectors of output channels side by side in the weight gradient
-constexpr long NEAR = 640 << 10; // bytes of a working set that stays near the core
+constexpr long NEAR = (V == 16 ? 768 : 640) << 10; // bytes of a working set that stays near the core
 constexpr long PART = 80 << 10; // bytes of it that all channels go over before the next
 
 typedef float vec __attribute__((vector_size(V * 4)));
