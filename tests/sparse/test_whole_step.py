@@ -67,6 +67,15 @@ def test_the_fastest_whole_step_decides_where_layers_leave_it_open(
 
 
 @needs_kernels
+@pytest.mark.parametrize(("seconds", "count"), [(0.97, 0), (0.94, 2)])
+def test_kernels_have_to_save_what_they_lose_on_a_shared_machine(pretend, seconds, count) -> None:
+    pretend(Timing(0.9, 1.0), {"layers": seconds, "contiguous": 1.2, "channels-last": 1.0})
+    sparse = model()
+    sparse(torch.randn(2, *SHAPE))
+    assert f"in {count} of 2 layers" in sparse.how
+
+
+@needs_kernels
 def test_a_model_off_the_kernels_may_go_channels_last(pretend) -> None:
     asked = pretend(Timing(2.0, 1.0), {"contiguous": 2.0, "channels-last": 1.0})
     sparse = model()
