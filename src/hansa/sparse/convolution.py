@@ -146,7 +146,7 @@ class Convolution:
 
     def _step(self, lists: int, units: int) -> int:
         """Return how many units are added up before a tile's sums are stored."""
-        return max(1, -(-FEW * lists * units // max(1, self.kept)))
+        return _even(units, max(1, -(-FEW * lists * units // max(1, self.kept))))
 
     def _offsets(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return, by column of the weight matrix, offsets in both slabs, and the target.

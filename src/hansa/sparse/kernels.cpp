@@ -11,6 +11,7 @@
 // Every output element is computed by one thread, in an order that does not depend on their
 // number: results are equal bit for bit, whatever `threads` is.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -514,15 +515,16 @@ INLINE long compress(const float *x, long n, float threshold, int32_t base, int3
                      int32_t *index, float *value) {
     long count = 0, i = 0;
 #if defined(__AVX512F__)
+    // Zeros are less than any threshold but none: one comparison serves for both.
+    const __m512 least = _mm512_set1_ps(threshold <= 0 ? FLT_TRUE_MIN : threshold);
     const __m512i lanes = _mm512_mullo_epi32(
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
         _mm512_set1_epi32(step));
     for (; i < n; i += 16) {
         const __mmask16 there = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
         const __m512 v = _mm512_maskz_loadu_ps(there, x + i);
-        __mmask16 keep = _mm512_mask_cmp_ps_mask(there, _mm512_abs_ps(v),
-                                                 _mm512_set1_ps(threshold), _CMP_GE_OQ);
-        keep = _mm512_mask_cmp_ps_mask(keep, v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+        const __mmask16 keep =
+            _mm512_mask_cmp_ps_mask(there, _mm512_abs_ps(v), least, _CMP_GE_OQ);
         const __m512i at = _mm512_add_epi32(
             lanes, _mm512_set1_epi32(base + static_cast<int32_t>(i) * step));
         // A compressing store is slow on some processors; the buffers leave room for whole ones.
