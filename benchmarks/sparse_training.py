@@ -54,6 +54,7 @@ from hansa.sparse.kernels import find
 from hansa.sparse.layers import Path
 from hansa.sparse.layout import logical
 from hansa.sparse.probe import clock
+from hansa.sparse.thresholds import pruned, threshold
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 LAYERS = {
@@ -141,8 +142,8 @@ def _products(
             lambda: backward(d, x, weight, None, *numbers, (False, True, False)),
         )
 
-    lists, least_input = Convolution(g, len(x)), _least(x, sparsity)
-    lists.take(weight, _least(weight, sparsity))
+    lists, least_input = Convolution(g, len(x)), float(threshold(x, sparsity))
+    lists.take(weight, float(threshold(weight, sparsity)))
     inner, inner_d = (t.movedim(0, -1).contiguous() for t in (x, d))
     ways = {
         "contiguous": dense(x, weight, d),
@@ -157,11 +158,6 @@ def _products(
     took = medians(calls, 5 * turns, warm=True)
     best = sum(min(took[f"contiguous {i}"], took[f"last {i}"]) for i in range(3))
     return best / sum(took[f"sparse {i}"] for i in range(3))
-
-
-def _least(x: torch.Tensor, sparsity: float) -> float:
-    """Return the magnitude from which on so many are kept."""
-    return float(x.abs().flatten().sort().values[int(x.numel() * sparsity)])
 
 
 def _dense(
@@ -199,7 +195,7 @@ def _sparse(
     sparsity: float,
     linear: bool,
 ) -> dict[str, Callable[[], object]]:
-    least_weight, least_input = _least(weight, sparsity), _least(x, sparsity)
+    least_weight, least_input = (float(threshold(t, sparsity)) for t in (weight, x))
     lists = Convolution(g, len(x))
     inner, inner_d = (logical(t.movedim(0, -1).contiguous()) for t in (x, d))
     dense_weight = weight
@@ -235,8 +231,7 @@ def _formats(
     else:
         return {}
     matrix, gradient = weight.flatten(1), d.transpose(0, 1).flatten(1).contiguous()
-    least = matrix.abs().flatten().kthvalue(int(matrix.numel() * sparsity)).values
-    used = torch.where(matrix.abs() >= least, matrix, 0.0)
+    used = pruned(matrix, threshold(matrix, sparsity))
     rows, turned = used.to_sparse_csr(), used.t().contiguous().to_sparse_csr()
     side = 16
     blocks = torch.rand(matrix.shape[0] // side, matrix.shape[1] // side) >= sparsity

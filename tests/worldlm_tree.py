@@ -119,9 +119,6 @@ def paths(node: str) -> Iterator[str]:
         node = node.rpartition("/")[0]
 
 
-# 1. The arithmetic of a tree.
-
-
 TARGETS = {"a1": 0, "a2": 4, "b1": 8, "b2": 12}
 
 
@@ -148,9 +145,6 @@ def halfway(method: Method) -> LocalEngine:
 
 def by_row(history: History) -> set[tuple[Any, ...]]:
     return {tuple(row.values()) for row in history.table("scores").to_pylist()}
-
-
-# 2. Degenerate cases are methods that are known.
 
 
 class Watched(WorldLM):

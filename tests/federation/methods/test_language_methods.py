@@ -32,10 +32,8 @@ from hansa.federation.store import DiskStore
 from hansa.federation.tree import ROOT, Tree
 from hansa.federation.wire import encode
 from support import clients, net, same
+from worldlm_tree import EVERY, LEAVES, TREE, left
 
-TREE = Tree({"A": ROOT, "B": ROOT, "a1": "A", "a2": "A", "b1": "B", "b2": "B"})
-LEAVES = ("a1", "a2", "b1", "b2")
-EVERY = (ROOT, "A", "B", *LEAVES)
 SAMPLES = dict(zip(EVERY, (4, 9, 5, 7, 3, 8, 6), strict=True))
 WHOLE = {"batch_size": 100, "epochs": 1}
 """Batches of all samples: their order, which depends on a node's place, plays no part."""
@@ -63,11 +61,6 @@ def federation(method: Method, names: Iterable[str] = EVERY, **options: Any) -> 
         engine=options.pop("engine", EngineOptions(kind="sequential", workers=1)),
         **options,
     )
-
-
-def models(made: Federation) -> dict[str, bytes]:
-    names = [path.rpartition("/")[2] for path in made.tree.walk()]
-    return {name: encode(State({"m": made.model_of(name).state_dict()})) for name in names}
 
 
 def near(first: Tensors, second: Tensors) -> None:
@@ -167,7 +160,7 @@ def test_two_inner_rounds_are_two_rounds_of_the_federation_below() -> None:
     plain = federation(HierFAVG(), names, tree=tree)
     deep.run(2)
     plain.run(4)
-    assert models(deep) == models(plain)
+    assert left(deep) == left(plain)
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -176,7 +169,7 @@ def test_without_inner_data_one_inner_round_is_fedavg(rounds: int) -> None:
     ours = federation(HierFAVG(inner_rounds=rounds), LEAVES, participation=rules)
     theirs = federation(FedAvg(), LEAVES, participation=rules)
     first, second = ours.run(3), theirs.run(3)
-    assert (models(ours) == models(theirs)) is (rounds == 1)
+    assert (left(ours) == left(theirs)) is (rounds == 1)
     assert first.table("ledger").equals(second.table("ledger")) is (rounds == 1)
 
 
@@ -240,7 +233,7 @@ def test_momentum_outlives_an_interruption(tmp_path) -> None:
     rest.keep_states_in(DiskStore(tmp_path, 2), 2)
     for _ in rest.rounds(4, 3):
         pass
-    assert models(rest) == models(whole)
+    assert left(rest) == left(whole)
     assert encode(rest.state_of(ROOT)) == encode(whole.state_of(ROOT))
 
 
@@ -291,7 +284,7 @@ def test_the_root_of_local_training_trains_for_itself() -> None:
     assert set(history.scored("test", "loss")[2]) == set(EVERY)
     found = made.state_of(ROOT).group("model")
     assert not same(found, net().state_dict())
-    assert len(set(models(made).values())) == len(EVERY)
+    assert len(set(left(made).values())) == len(EVERY)
 
 
 def test_the_tuned_scores_leave_the_common_model_alone() -> None:
@@ -337,6 +330,6 @@ def test_scoring_disk_and_interruption_change_nothing(method: Method, tmp_path) 
     rest.keep_states_in(DiskStore(tmp_path, 2, cache_bytes=0), 2)
     for _ in rest.rounds(4, 3):
         pass
-    assert models(rest) == models(whole)
+    assert left(rest) == left(whole)
     for name in EVERY:
         assert encode(rest.state_of(name)) == encode(whole.state_of(name))

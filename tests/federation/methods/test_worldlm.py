@@ -173,7 +173,7 @@ def test_the_server_steps_along_the_change_of_the_backbone_alone() -> None:
             torch.testing.assert_close(root[name], wanted)
 
 
-# 3. Attention on the tree; by hand it stands in test_attention.py.
+# Attention on the tree; by hand it stands in test_attention.py.
 
 
 @pytest.mark.parametrize("schedule", ["levels", "parallel"])
@@ -196,6 +196,3 @@ def test_noted_weights_are_shares_of_whoever_answered(schedule: Any, self_in_ban
         for (number, node, _), value in figures(history, f"entropy_{way}").items():
             most = sum((number, node) == key[:2] for key in found)
             assert 0 <= value <= math.log(max(1, most)) + 1e-9
-
-
-# 5. What crosses an edge, and the backbone that is common.

@@ -92,7 +92,7 @@ def test_key_blocks_that_stay_are_in_no_message(crossed: list[Message]) -> None:
     assert all(not KEYS & tensors.keys() for m in crossed for tensors in m.groups.values())
 
 
-# 6. Stages.
+# Stages.
 
 
 def test_levels_train_from_the_top_down_and_each_from_what_stands_above(
@@ -134,6 +134,3 @@ def test_a_node_that_trains_beside_its_children_counts_as_one_of_them() -> None:
     theirs.run(1)
     first, second = ours.model_of(ROOT).state_dict(), theirs.model_of(ROOT).state_dict()
     assert all(first[n].equal(second[n]) for n in first if n not in KEYS)
-
-
-# 7. Differential privacy.

@@ -263,6 +263,3 @@ def test_noise_is_of_the_node_and_the_round() -> None:
     noise = [seen[0], seen[1], seen[2] - seen[0], seen[3] - seen[1]]
     for first, second in itertools.combinations(noise, 2):
         assert not torch.allclose(first, second, atol=0.1)
-
-
-# 9. What goes wrong.

@@ -77,7 +77,7 @@ def test_federations_of_which_nobody_answers_change_nothing(name: str) -> None:
     assert all(after[key].equal(before[key]) for key in before)
 
 
-# 10. Accounting.
+# Accounting.
 
 
 @pytest.mark.parametrize("most", [1, 2])
