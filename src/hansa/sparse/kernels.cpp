@@ -62,9 +62,11 @@ constexpr int TILE = 8;
 constexpr int TAPS_HIGH = 1;
 constexpr int TAPS_WIDE = 1;
 #endif
-constexpr int WIDE = 32 / V;     // vectors of output channels side by side in the weight gradient
-constexpr long NEAR = (V == 16 ? 768 : 640) << 10; // bytes of a working set that stays near the core
-constexpr long PART = 80 << 10; // bytes of it that all channels go over before the next
+constexpr int WIDE = 32 / V;   // vectors of output channels side by side in the weight gradient
+// Bytes of the output's gradient, turned: what stays near the core, and what all input channels go
+// over before the next part.
+constexpr long NEAR = (V == 16 ? 768 : 640) << 10;
+constexpr long PART = 80 << 10;
 
 typedef float vec __attribute__((vector_size(V * 4)));
 typedef float loose __attribute__((vector_size(V * 4), aligned(4), may_alias));
