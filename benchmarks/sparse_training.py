@@ -8,14 +8,15 @@ given for free. ``products``: the three products called by themselves, caches wa
 and with lists given, the best dense form of each against ours.
 Step: one whole training step of ResNet-18 (BatchNorm, 32 pixels, batch 32: forward, loss, backward,
 SGD), with all layers on the kernels, and with the automatic choice. Half (only where it is asked
-for): the same at 50 % alone, where all ways are nearly alike, in more turns. Run: one federated run
-of ``zerofl`` at 95 % against ``fedavg`` of the same model and schedule, end to end. With ``--data``
-also accuracy, by ``sparse_accuracy.py``.
+for): the same at 50 % alone, where all ways are nearly alike, in more turns; a figure is the median
+of what each turn gives by itself, its quartiles beside it. Run: one federated run of ``zerofl`` at
+95 % against ``fedavg`` of the same model and schedule, end to end. With ``--data`` also accuracy,
+by ``sparse_accuracy.py``.
 
-All that is compared takes turns within one process; a figure is a ratio of medians, with one thread
-of the processor's time, so that others on the machine hardly count. Every number of
-threads has a process of its own, since PyTorch does not take a new number up reliably. Energy is
-read where the system has counters (powercap).
+All that is compared takes turns within one process; a figure is a ratio of medians where nothing
+else is said, with one thread of the processor's time, so that others on the machine hardly count.
+Every number of threads has a process of its own, since PyTorch does not take a new number up
+reliably. Energy is read where the system has counters (powercap).
 
     python benchmarks/sparse_training.py [--quick] [--json] [--threads 1,2]
         [--only layers,step,half,run,accuracy] [--data PATTERN]
@@ -66,9 +67,10 @@ LAYERS = {
     "linear 1024->1024": Geometry(1024, 1, 1, 1024),
 }
 BATCH = 32
-HALF_TURNS = 25
+HALF_TURNS = {64: 41, 32: 121}
 QUICK = (0.5, 0.9, 0.95)
 PARTS = ("layers", "step", "half", "run", "accuracy")
+DENSE = ("dense", "dense, channels last")
 Calls = Mapping[str, Callable[[], object]]
 
 
@@ -77,16 +79,22 @@ def medians(calls: Calls, turns: int, warm: bool = False) -> dict[str, float]:
 
     With ``warm`` each is called once more before, so that none finds what another left in caches.
     """
+    took = milliseconds(calls, turns, warm)
+    return {name: statistics.median(values) for name, values in took.items()}
+
+
+def milliseconds(calls: Calls, turns: int, warm: bool = False) -> dict[str, list[float]]:
+    """Return what each call takes in each turn, see ``medians``; every other one goes backwards."""
     took: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 1):
-        for name, call in calls.items():
+        for name in list(calls)[:: -1 if turn % 2 else 1]:
             if warm:
-                call()
+                calls[name]()
             start = clock()
-            call()
+            calls[name]()
             if turn:
                 took[name].append(1e3 * (clock() - start))
-    return {name: statistics.median(values) for name, values in took.items()}
+    return took
 
 
 def has_bfloat16() -> bool:
@@ -117,7 +125,7 @@ def layers(turns: int, sparsities: tuple[float, ...], formats: bool) -> dict[str
             if formats:
                 calls |= _formats(g, x, weight, d, sparsity, linear)
             took = medians(calls, turns)
-            dense = min(took["dense"], took["dense, channels last"])
+            dense = min(took[name] for name in DENSE)
             ratios = {key: dense / value for key, value in took.items() if key != "dense"}
             ratios.pop("dense, channels last")
             if not linear:
@@ -248,6 +256,25 @@ def _formats(
 
 def step(width: int, turns: int, sparsities: tuple[float, ...]) -> dict[str, Any]:
     """Return the whole step of ResNet-18: what is compared -> dense float32 over it."""
+    took = medians(_steps(width, sparsities), turns)
+    dense = min(took[name] for name in DENSE)
+    return {"dense_ms": dense, **{key: dense / value for key, value in took.items()}}
+
+
+def half(width: int, turns: int) -> dict[str, Any]:
+    """Return the whole step at 50 %: what is compared -> quartiles of dense float32 over it."""
+    took = milliseconds(_steps(width, (0.5,)), turns)
+    best = min((took[name] for name in DENSE), key=statistics.median)
+    ratios = {
+        key: [dense / each for dense, each in zip(best, values, strict=True)]
+        for key, values in took.items()
+    }
+    quartiles = {key: statistics.quantiles(values) for key, values in ratios.items()}
+    return {"dense_ms": statistics.median(best), **quartiles}
+
+
+def _steps(width: int, sparsities: tuple[float, ...]) -> dict[str, Callable[[], object]]:
+    """Return a call for each way to take a step of ResNet-18."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, 3, 32, 32, generator=random)
     labels = torch.randint(0, 10, (BATCH,), generator=random)
@@ -282,9 +309,7 @@ def step(width: int, turns: int, sparsities: tuple[float, ...]) -> dict[str, Any
         if sparsity >= 0.9 and sparsities != QUICK:
             fixed = sparsify(base, sparsity, path="kernels", fixed=True)
             calls[f"fixed mask {sparsity:g}"] = train(fixed)
-    took = medians(calls, turns)
-    dense = min(took["dense"], took["dense, channels last"])
-    return {"dense_ms": dense, **{key: dense / value for key, value in took.items()}}
+    return calls
 
 
 def _turned(model: nn.Module) -> nn.Module:
@@ -345,7 +370,7 @@ def measure(only: list[str], quick: bool, threads: int) -> dict[str, Any]:
         widths = (64,) if quick else (64, 32)
         result["step"] = {str(width): step(width, turns, sparsities) for width in widths}
     if "half" in only:
-        result["half"] = {str(width): step(width, HALF_TURNS, (0.5,)) for width in (64, 32)}
+        result["half"] = {str(width): half(width, turns) for width, turns in HALF_TURNS.items()}
     if "run" in only and threads == 1:
         result["run"] = run(1 if quick else 5)
     after = _energy()
@@ -364,13 +389,14 @@ def show(threads: str, result: Mapping[str, Any]) -> None:
         print("| sparsity | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
         for sparsity, row in by_sparsity.items():
             print(f"| {sparsity} | " + " | ".join(f"{row[key]:.2f}" for key in columns) + " |")
-    steps = [*result.get("step", {}).items(), *result.get("half", {}).items()]
-    for width, row in steps:
+    for width, row in [*result.get("step", {}).items(), *result.get("half", {}).items()]:
         print(f"\nstep of ResNet-18, width {width}: dense float32 {row['dense_ms']:.0f} ms\n")
         print("| | times as fast |\n|---|---|")
         for key, value in row.items():
             if key != "dense_ms":
-                print(f"| {key} | {value:.2f} |")
+                middle = statistics.median(value) if isinstance(value, list) else value
+                spread = f" ({value[0]:.2f} to {value[2]:.2f})" if isinstance(value, list) else ""
+                print(f"| {key} | {middle:.2f}{spread} |")
     if found := result.get("run"):
         print("\nfederated run of ResNet-18, width 64, 95 %: one round, seconds\n")
         print("| fedavg | zerofl | times as fast |\n|---|---|---|")

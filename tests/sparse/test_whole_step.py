@@ -48,14 +48,22 @@ def model(**options) -> SparseModel:
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("fastest", "count", "last"),
-    [("layers", 2, False), ("contiguous", 0, False), ("channels-last", 0, True)],
+    ("layer", "fastest", "count", "last"),
+    [
+        (0.9, "layers", 2, False),
+        (0.9, "contiguous", 0, False),
+        (0.9, "channels-last", 0, True),
+        (2.0, "layers", 0, False),
+        (2.0, "kernels", 2, False),
+        (2.0, "channels-last", 0, True),
+    ],
 )
 def test_the_fastest_whole_step_decides_where_layers_leave_it_open(
-    pretend, fastest, count, last
+    pretend, layer, fastest, count, last
 ) -> None:
-    seconds = {"layers": 2.0, "contiguous": 2.0, "channels-last": 2.0, fastest: 1.0}
-    asked = pretend(Timing(0.9, 1.0), seconds)
+    other = "contiguous" if layer < 1.0 else "kernels"  # than the layers' own choices
+    ways = ["layers", other, "channels-last"]
+    asked = pretend(Timing(layer, 1.0), {**dict.fromkeys(ways, 2.0), fastest: 1.0})
     for _ in range(2):
         sparse = model()
         sparse(torch.randn(2, *SHAPE))
@@ -63,29 +71,30 @@ def test_the_fastest_whole_step_decides_where_layers_leave_it_open(
         assert sparse.rule.last is last
         assert f"in {count} of 2 layers" in sparse.how
         assert ("channels-last" in sparse.how) is last
-    assert asked == [["layers", "contiguous", "channels-last"]]  # once: then it is remembered
+    assert asked == [ways]  # once: then it is remembered
 
 
 @needs_kernels
-@pytest.mark.parametrize(("seconds", "count"), [(0.97, 0), (0.94, 2)])
-def test_kernels_have_to_save_what_they_lose_on_a_shared_machine(pretend, seconds, count) -> None:
-    pretend(Timing(0.9, 1.0), {"layers": seconds, "contiguous": 1.2, "channels-last": 1.0})
+def test_layers_that_choose_differently_may_all_be_on_the_kernels(pretend, monkeypatch) -> None:
+    ways = {"layers": 2.0, "kernels": 1.0, "contiguous": 2.0, "channels-last": 2.0}
+    asked = pretend(Timing(1.0, 1.0), ways)
+    monkeypatch.setattr(probe, "measure", lambda g, *_: Timing(0.9 if g.height > 1 else 1.1, 1.0))
     sparse = model()
     sparse(torch.randn(2, *SHAPE))
-    assert f"in {count} of 2 layers" in sparse.how
+    assert asked == [list(ways)]
+    assert set(sparse.rule.compiled.values()) == {True}
 
 
 @needs_kernels
-def test_a_model_off_the_kernels_may_go_channels_last(pretend) -> None:
-    asked = pretend(Timing(2.0, 1.0), {"contiguous": 2.0, "channels-last": 1.0})
-    sparse = model()
-    sparse(torch.randn(2, *SHAPE))
-    assert asked == [["contiguous", "channels-last"]]
-    assert sparse.rule.last
-    flat = sparsify(MLP((6,), 3, (16, 16)), 0.5).train()  # no maps: nothing to choose
+def test_a_model_without_maps_is_not_tried_channels_last(monkeypatch, pretend) -> None:
+    pretend(Timing(2.0, 1.0), {})
+    asked: list[str] = []
+    monkeypatch.setattr(choice, "measure", lambda *a: asked.extend(a[2]) or dict.fromkeys(a[2], 1))
+    flat = sparsify(MLP((6,), 3, (16, 16)), 0.5).train()
     flat(torch.randn(2, 6))
+    assert asked == ["layers", "kernels"]
     assert not flat.rule.last
-    assert len(asked) == 1
+    assert set(flat.rule.compiled.values()) == {False}
 
 
 @needs_kernels
@@ -94,14 +103,14 @@ def test_channels_last_is_no_choice_where_onednn_writes_past_its_memory(
     pretend, channels, safe
 ) -> None:
     """Ends the process where it is tried, with fewer than 8 channels on a processor with AVX2."""
-    asked = pretend(Timing(2.0, 1.0), {"contiguous": 2.0, "channels-last": 1.0})
+    asked = pretend(Timing(2.0, 1.0), {"layers": 2.0, "kernels": 2.0, "channels-last": 1.0})
     layers = [nn.Conv2d(3, channels, 3), nn.Conv2d(channels, channels, 3, padding=1)]
     shortcut = nn.Conv2d(channels, channels, 1, stride=2)
     net = nn.Sequential(*layers, shortcut, nn.Flatten(), nn.Linear(9 * channels, 2))
     sparse = sparsify(net, 0.5, batch_size=4).train()
     sparse(torch.randn(2, *SHAPE))
     assert sparse.rule.last is safe
-    assert asked == ([["contiguous", "channels-last"]] if safe else [])
+    assert asked == [["layers", "kernels", *["channels-last"] * safe]]
 
 
 @needs_kernels
@@ -133,6 +142,46 @@ def test_a_model_that_fails_on_made_up_numbers_keeps_its_layers_choice(
     sparse = model()
     sparse(torch.randn(2, *SHAPE))
     assert set(sparse.rule.compiled.values()) == {True}
+
+
+def test_what_takes_turns_is_compared_within_each_turn() -> None:
+    turns = [{"a": 1.0, "b": 2.0, "c": 6.0}, {"a": 4.0, "b": 6.0}]  # means of a and b: 1.5 and 5
+    expected = {"a": (1 / 1.5 + 4 / 5) / 2, "b": (2 / 1.5 + 6 / 5) / 2, "c": 6 / 1.5}
+    assert choice.compared(turns) == pytest.approx(expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("b", "longest", "turns"),
+    [
+        (0.98, 60.0, {"a": 25, "b": 25, "c": 5}),
+        (0.98, 0.0, {"a": 5, "b": 5, "c": 5}),
+        (0.5, 60.0, {"a": 5, "b": 5, "c": 5}),
+    ],
+)
+def test_ways_that_are_near_are_timed_more_often(monkeypatch, b, longest, turns) -> None:
+    seconds, ran, read = {"a": 1.0, "b": b, "c": 1.5}, list[str](), [0.0]
+
+    class Model(nn.Module):
+        def __deepcopy__(self, memo):
+            return self
+
+        def take(self, way):
+            ran.append(way)
+
+        def forward(self, x):
+            return x.requires_grad_()
+
+    def clock() -> float:  # read before and after each step; every third turn is ten times slower
+        speed = 10.0 if ran.count("a") % 3 == 0 else 1.0
+        read.append(read[-1] + speed * seconds[ran[-1]])
+        return read[-1]
+
+    monkeypatch.setattr(choice, "clock", clock)
+    monkeypatch.setattr(choice, "LONGEST", longest)
+    took = choice.measure(Model(), (2, 3), {name: name for name in seconds})
+    assert min(took, key=took.__getitem__) == "b"
+    assert {name: ran.count(name) - 1 for name in seconds} == turns  # but for the first, to warm up
 
 
 @needs_kernels

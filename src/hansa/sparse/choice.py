@@ -6,7 +6,10 @@ faster channels-last. So a whole step is timed in each way, once on a machine, a
 """
 
 import copy
-from collections.abc import Mapping
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +18,22 @@ from torch import nn
 
 from hansa.sparse.fusion import is_more_than_its_steps
 from hansa.sparse.kernels import required
-from hansa.sparse.probe import REPEATS, clock, remembered
+from hansa.sparse.probe import clock, remembered
 from hansa.sparse.thresholds import plain
 
 if TYPE_CHECKING:
     from hansa.sparse.convert import SparseModel
 
+_log = logging.getLogger("hansa.sparse")
+
 CLEAR = 0.5
 """Share of its layers' time by the reference that a model saves at least, to need no timing."""
-SHARED = 1.05
-"""How many times longer kernels take where others use the caches than when they are timed alone."""
+LEAST_TURNS, MOST_TURNS = 5, 25
+"""How often a whole step is timed in each way: more often where ways are near each other."""
+NEAR = 1.1
+"""How many times longer than in the fastest way a step takes, at most, to be timed further."""
+LONGEST = 60.0
+"""Seconds after which steps are timed no further, once each had its least number of turns."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +74,7 @@ def fastest(model: "SparseModel", inputs: torch.Tensor, ways: Mapping[str, Way])
         took = remembered(about, ways, lambda: measure(model, shape, ways))
     except Exception:  # inputs of another kind than numbers: what is known of the layers decides
         return first
-    shared = {name: SHARED if any(way.compiled.values()) else 1.0 for name, way in ways.items()}
-    return min(ways, key=lambda name: took[name] * shared[name])
+    return min(ways, key=lambda name: took[name])
 
 
 def _described(name: str, part: nn.Module) -> list[Any]:
@@ -77,21 +85,57 @@ def _described(name: str, part: nn.Module) -> list[Any]:
 def measure(
     model: "SparseModel", shape: tuple[int, ...], ways: Mapping[str, Way]
 ) -> dict[str, float]:
-    """Return the least seconds of a forward and backward pass in each way, taking turns."""
+    """Return how long a forward and backward pass takes in each way, relative to one another.
+
+    Ways take turns, and in each turn they are compared with each other, so that what slows the
+    machine down for a while counts for none. Those that are clearly slower are soon left out.
+
+    Raises:
+        Exception: whatever the model raises on such inputs.
+    """
     required()
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     twin = copy.deepcopy(model).train()
-    took: dict[str, list[float]] = {name: [] for name in ways}
+
+    def seconds(way: Way) -> float:
+        twin.take(way)
+        twin.zero_grad(set_to_none=True)
+        start = clock()
+        twin(x).sum().backward()
+        return clock() - start
+
+    _log.info("which way a step is fastest is measured, for a minute at most: %s", ", ".join(ways))
+    turns: list[dict[str, float]] = []
+    near, began = dict(ways), time.monotonic()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        for turn in range(REPEATS + 1):
-            for name, way in ways.items():
-                twin.take(way)
-                twin.zero_grad(set_to_none=True)
-                start = clock()
-                twin(x).sum().backward()
-                if turn:  # the first one warms up
-                    took[name].append(clock() - start)
-    return {name: min(values) for name, values in took.items()}
+        for way in ways.values():  # warms up
+            seconds(way)
+        while len(near) > 1 and len(turns) < MOST_TURNS:
+            order = list(near) if len(turns) % 2 else reversed(near)  # none always follows another
+            turns.append({name: seconds(near[name]) for name in order})
+            if len(turns) >= LEAST_TURNS:
+                cost = compared(turns)
+                most = NEAR * min(cost.values())
+                near = {name: way for name, way in near.items() if cost[name] <= most}
+                if time.monotonic() - began > LONGEST:
+                    break
+    return compared(turns)
+
+
+def compared(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return what takes turns -> median, over turns, of its seconds relative to that turn's mean.
+
+    Args:
+        turns: seconds by name. Names may be missing from later turns; means are taken of those
+            that are in the last, so that all are measured by the same.
+    """
+    means = [statistics.fmean(turn[name] for name in turns[-1]) for turn in turns]
+    return {
+        name: statistics.median(
+            turn[name] / mean for turn, mean in zip(turns, means, strict=True) if name in turn
+        )
+        for name in turns[0]
+    }
 
 
 def first_inputs(model: "SparseModel", inputs: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -256,11 +256,12 @@ class SparseModel(nn.Module):
         best = sum(min(each.compiled, each.reference) for each in took.values())
         if best <= (1 - CLEAR) * sum(each.reference for each in took.values()):
             return by_layer
-        ways = {"layers": by_layer} if any(compiled.values()) else {}
-        ways["contiguous"] = Way(off)
+        others = {"kernels": Way(dict.fromkeys(compiled, True)), "contiguous": Way(off)}
+        ways = {"layers": by_layer}
+        ways |= {name: way for name, way in others.items() if way != by_layer}
         if inputs.dim() == 4 and may_be_last(self.plain):
             ways["channels-last"] = Way(off, last=True)
-        return ways[fastest(self, inputs, ways)] if len(ways) > 1 else by_layer
+        return ways[fastest(self, inputs, ways)]
 
     def _runner(self) -> Callable[..., Any]:
         if not (self.rule.last or any(self.rule.compiled.values())):
