@@ -162,7 +162,7 @@ def test_a_layer_is_timed_once_and_the_faster_way_is_taken(monkeypatch, tmp_path
         return probe.Timing(1.0, 2.0) if linear else probe.Timing(2.0, 1.0)
 
     monkeypatch.setattr(probe, "measure", measure)
-    ways = {"layers": 1.0, "contiguous": 2.0, "channels-last": 2.0}
+    ways = {"layers": 1.0, "kernels": 2.0, "contiguous": 2.0, "channels-last": 2.0}
     monkeypatch.setattr(choice, "measure", lambda *_: ways)
     x = torch.randn(4, 1, 8, 8)
     for _ in range(2):
