@@ -394,15 +394,20 @@ def show(threads: str, result: Mapping[str, Any]) -> None:
         print("| | times as fast |\n|---|---|")
         for key, value in row.items():
             if key != "dense_ms":
-                middle = statistics.median(value) if isinstance(value, list) else value
-                spread = f" ({value[0]:.2f} to {value[2]:.2f})" if isinstance(value, list) else ""
-                print(f"| {key} | {middle:.2f}{spread} |")
+                print(f"| {key} | {_figure(value)} |")
     if found := result.get("run"):
         print("\nfederated run of ResNet-18, width 64, 95 %: one round, seconds\n")
         print("| fedavg | zerofl | times as fast |\n|---|---|---|")
         print(f"| {found['fedavg']:.2f} | {found['zerofl']:.2f} | {found['speedup']:.2f} |")
     if "joules" in result:
         print(f"\nenergy of all that: {result['joules']:.0f} J")
+
+
+def _figure(value: float | list[float]) -> str:
+    if not isinstance(value, list):
+        return f"{value:.2f}"
+    low, middle, high = value  # quartiles
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:

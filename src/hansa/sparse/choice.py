@@ -104,7 +104,8 @@ def measure(
         twin(x).sum().backward()
         return clock() - start
 
-    _log.info("which way a step is fastest is measured, for a minute at most: %s", ", ".join(ways))
+    names = ", ".join(ways)
+    _log.info("measuring for about %.0f seconds at most how a step is fastest: %s", LONGEST, names)
     turns: list[dict[str, float]] = []
     near, began = dict(ways), time.monotonic()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
